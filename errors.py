@@ -1,0 +1,55 @@
+"""What every entry point does with bad input: one line that says what is wrong and what to do, and exit status 2."""
+
+import argparse
+import difflib
+import sys
+
+
+class UserError(Exception):
+    """Something the user can mend."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, flags in full only, and a guess at what a misspelt flag was meant to be."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def parse_args(self, arguments=None):
+        args, unknown = self.parse_known_args(arguments)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+            self.error(f"unknown argument {unknown[0]}" + (f", did you mean {close[0]}?" if close else ", see --help"))
+        return args
+
+    def error(self, message):
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def positive(text):
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def positive_number(text):
+    """A finite number above 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def run(main):
+    """Call main; a UserError becomes its one line and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,248 @@
+"""Make the embedded teacher again: Stable Diffusion in miniature, trained on the OpenMoji font in about two CPU hours.
+
+    python make_teacher.py                           # two cores: see README.md for the time it takes
+    python make_teacher.py --device cuda             # minutes
+    python make_teacher.py                           # after an interruption: goes on where it was
+
+Three stages, each resumable from --work:
+  autoencoder  AutoencoderTiny, 64x64x3 <-> 8x8x8. A batch norm without parameters sits on the latents while training and is
+               folded into the encoder afterwards, so that the plain class gives latents of mean 0 and deviation 1. The decoder
+               sees them with a little noise, which makes it forgive the sampler's small errors.
+  latents      every picture in VIEWS random positions and sizes, encoded once.
+  denoiser     CLIPTextModel and UNet2DConditionModel from scratch, together. The network predicts eps, as SD1.5's does.
+
+The result is a diffusers pipeline directory in float16 that StableDiffusionPipeline.from_pretrained reads.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import data
+import errors
+
+VIEWS = 8
+LATENT_NOISE = 0.1   # deviation of the noise on the latents while the autoencoder trains
+WEIGHT_CAP = 5.0     # see denoiser_loss_weight
+MAX_TOKENS = 16
+
+
+def parse_arguments():
+    parser = errors.Parser(__doc__)
+    parser.add_argument("--out", default=str(data.EMOJI_TEACHER), help="where the pipeline directory is written")
+    parser.add_argument("--work", default="runs/teacher", help="where the resumable state is kept")
+    parser.add_argument("--autoencoder-iterations", type=int, default=2000)
+    parser.add_argument("--denoiser-iterations", type=int, default=20000)
+    parser.add_argument("--batch-size", type=int, default=64, help="of the denoiser; the autoencoder's is half")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of matrix products in training")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def learning_rate_scale(iteration, iterations, warmup=200):
+    """Linear warm-up, then half a cosine to zero."""
+    return min(1.0, (iteration + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+
+
+def save_state(path, **state):
+    """Write beside the old file and swap, so that an interrupted save loses nothing."""
+    torch.save(state, f"{path}.partial")
+    os.replace(f"{path}.partial", path)
+
+
+def train(stage, iterations, modules, lr, loss_of, args, ema=None, average=None):
+    """The loop that both trained stages share: AdamW, clipping, warm-up and cosine, a checkpoint every 500 iterations.
+
+    loss_of(generator) draws one batch and returns its loss. Returns once `iterations` are done, also when resumed.
+    """
+    path = Path(args.work) / f"{stage}.pt"
+    modules = torch.nn.ModuleDict(modules)
+    parameters = list(modules.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    generator = torch.Generator().manual_seed(args.seed)
+    start = 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        modules.load_state_dict(state["modules"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        if ema:
+            ema.load_state_dict(state["ema"])
+        start = state["iteration"]
+    progress = tqdm(range(start, iterations), initial=start, total=iterations, desc=stage, mininterval=5)
+    for iteration in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * learning_rate_scale(iteration, iterations)
+        with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            loss = loss_of(generator)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema:
+            ema.update_parameters(average)
+        if iteration % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm.item():.2f}")
+            if not math.isfinite(loss.item()):
+                raise SystemExit(f"{stage}: the loss is {loss.item()} at iteration {iteration}; the last good state is {path}")
+        if (iteration + 1) % 500 == 0 or iteration + 1 == iterations:
+            save_state(path, modules=modules.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
+                       iteration=iteration + 1, ema=ema.state_dict() if ema else {})
+
+
+# ---------------------------------------------------------------------------------------------------- autoencoder
+
+def make_autoencoder(pictures, args):
+    torch.manual_seed(args.seed)
+    vae = AutoencoderTiny(latent_channels=8, encoder_block_out_channels=(64,) * 4, decoder_block_out_channels=(64,) * 4,
+                          num_encoder_blocks=(1, 1, 1, 3), num_decoder_blocks=(3, 2, 1, 1))
+    vae = vae.to(args.device, memory_format=torch.channels_last)
+    norm = torch.nn.BatchNorm2d(8, affine=False, momentum=0.01).to(args.device)
+
+    def loss_of(generator):
+        index = torch.randint(len(pictures), (args.batch_size // 2,), generator=generator)
+        x = data.shift_and_scale(pictures[index], generator).to(args.device, memory_format=torch.channels_last)  # (B, 3, 64, 64)
+        z = norm(vae.encoder(x).float())                                                                         # (B, 8, 8, 8)
+        z = z + LATENT_NOISE * torch.randn(z.shape, generator=generator).to(z)
+        error = vae.decoder(z).float() - x
+        return error.abs().mean() + error.square().mean()
+
+    train("autoencoder", args.autoencoder_iterations, {"vae": vae, "norm": norm}, 1e-3, loss_of, args)
+    last = vae.encoder.layers[-1]
+    deviation = (norm.running_var + norm.eps).sqrt()
+    with torch.no_grad():
+        last.weight /= deviation[:, None, None, None]
+        last.bias.sub_(norm.running_mean).div_(deviation)
+    return vae.eval()
+
+
+# ---------------------------------------------------------------------------------------------------- latents
+
+@torch.no_grad()
+def make_latents(vae, pictures, args):
+    """(VIEWS, N, 8, 8, 8): what the denoiser trains on, so that the autoencoder runs once and not in every iteration."""
+    path = Path(args.work) / "latents.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    generator = torch.Generator().manual_seed(args.seed + 1)
+    views = []
+    for _ in tqdm(range(VIEWS), desc="latents"):
+        x = data.shift_and_scale(pictures, generator)
+        views.append(torch.cat([vae.encoder(part.to(args.device)).cpu() for part in x.to(memory_format=torch.channels_last).split(64)]))
+    latents = torch.stack(views)
+    save_state(path, latents=latents)
+    return {"latents": latents}
+
+
+# ---------------------------------------------------------------------------------------------------- denoiser
+
+def make_tokenizer(captions, folder):
+    """A CLIPTokenizer whose merges were learnt on the captions until every word of theirs is one token."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=1, initial_alphabet=alphabet,
+                                  end_of_word_suffix="</w>", show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    tokens = alphabet + [a + "</w>" for a in alphabet] + [a + b for a, b in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+
+
+def make_networks(vocabulary, bos, eos, args):
+    torch.manual_seed(args.seed + 2)
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=vocabulary, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS, bos_token_id=bos, eos_token_id=eos, pad_token_id=eos))
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=8, out_channels=8, block_out_channels=(96, 192), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(3, 6), cross_attention_dim=128)  # "attention_head_dim" is the number of heads in this class
+    return text_encoder.to(args.device), unet.to(args.device)
+
+
+def denoiser_loss_weight(alpha):
+    """min(1/alpha_t^2, WEIGHT_CAP) on the eps error.
+
+    1/alpha_t^2 would make it the v error. Plain eps error hardly asks for the caption: at the noise levels where x_t alone
+    does not tell which picture it is (t > 700) a wrong x0 costs at most alpha_t^2/sigma_t^2 < 0.1 of the noise's variance.
+    """
+    return (1 / alpha.square()).clamp(max=WEIGHT_CAP)
+
+
+def make_denoiser(latents, captions, tokenizer, args):
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, timestep_spacing="trailing",
+                              set_alpha_to_one=True, steps_offset=1, prediction_type="epsilon")
+    alpha, sigma = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
+    text_encoder, unet = make_networks(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, args)
+    networks = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
+    ema = torch.optim.swa_utils.AveragedModel(networks, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+
+    def loss_of(generator):
+        view = torch.randint(VIEWS, (args.batch_size,), generator=generator)
+        index = torch.randint(len(captions), (args.batch_size,), generator=generator)
+        t = torch.randint(len(alpha), (args.batch_size,), generator=generator)
+        x0 = latents[view, index]                                                                  # (B, 8, 8, 8)
+        eps = torch.randn(x0.shape, generator=generator)
+        x_t = alpha[t, None, None, None] * x0 + sigma[t, None, None, None] * eps
+        prompts = [data.drop_words(captions[i], generator, empty=0.10) for i in index.tolist()]
+        tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+        text = text_encoder(tokens.to(args.device)).last_hidden_state                              # (B, MAX_TOKENS, 128)
+        error = unet(x_t.to(args.device), t.to(args.device), text, return_dict=False)[0].float() - eps.to(args.device)
+        return (denoiser_loss_weight(alpha[t]).to(args.device) * error.square().mean((1, 2, 3))).mean()
+
+    # The plain matrix-product attention: CPU flash attention is several times slower in bfloat16's backward pass.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        train("denoiser", args.denoiser_iterations, networks, 1e-3, loss_of, args, ema, networks)
+    return ema.module["text_encoder"].eval(), ema.module["unet"].eval(), scheduler
+
+
+# ---------------------------------------------------------------------------------------------------- all stages
+
+def write_pipeline(out, vae, text_encoder, unet, tokenizer, scheduler):
+    """A diffusers directory, float16, small enough for the repository."""
+    for name, part in (("vae", vae), ("text_encoder", text_encoder), ("unet", unet)):
+        part.half().save_pretrained(out / name)
+    tokenizer.save_pretrained(out / "tokenizer")
+    scheduler.save_pretrained(out / "scheduler")
+    index = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None], "feature_extractor": [None, None],
+             "image_encoder": [None, None], "requires_safety_checker": False}
+    for name, part in (("vae", vae), ("text_encoder", text_encoder), ("unet", unet), ("tokenizer", tokenizer),
+                       ("scheduler", scheduler)):
+        library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+        index[name] = [library, type(part).__name__]
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {size / 1e6:.1f} MB. Measure it: python eval.py --model {out}")
+
+
+def main():
+    args = parse_arguments()
+    work, out = Path(args.work), Path(args.out)
+    work.mkdir(parents=True, exist_ok=True)
+    captions = [caption for _, caption in data.emoji_captions()]
+    pictures = data.emoji_pictures(128)  # twice the size of the pictures made of them, for clean shifts and scales
+    vae = make_autoencoder(pictures, args)
+    latents = make_latents(vae, pictures, args)["latents"]
+    tokenizer = make_tokenizer(captions, work / "tokenizer")
+    text_encoder, unet, scheduler = make_denoiser(latents, captions, tokenizer, args)
+    write_pipeline(out, vae, text_encoder, unet, tokenizer, scheduler)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,199 @@
+"""Draw students beside their teacher: the same prompts and the same noise, one row a model.
+
+    python sample.py                                                  # the student of `python train.py`
+    python sample.py --prompts "cat face" "red apple" "crescent moon" # words ...
+    python sample.py --prompts prompts.txt --out grid.png             # ... or a file, one prompt a line
+    python sample.py --student runs/mine --steps 4 1 --guidance 5     # another run; rows for 4 and 1 student steps
+
+Rows: the teacher at --teacher-steps with guidance, the teacher at as few steps as the student (what distillation buys), then
+the student. Seconds a picture are the sampler's, decoding left out; the ratio is to the first row.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import errors
+import models
+from errors import UserError
+
+DEFAULT_RUN = "runs/dmd2"
+DEFAULT_GUIDANCE = 3.0
+PROMPTS = ("cat face with wry smile", "red apple", "crescent moon", "rocket", "heart with arrow", "penguin", "hot beverage", "cat")
+
+
+@dataclass
+class Row:
+    """One way of making pictures. draw(noise, cond) -> x0, noise (S, B, ...): a sampler uses as many of the S as it needs."""
+    label: str
+    draw: Callable
+    kind: str
+    steps: int
+
+
+def teacher_row(model, steps, guidance):
+    uncond = model.encode([""])
+
+    @torch.no_grad()
+    def draw(noise, cond):
+        x0_of = lambda x_t, t: models.guided_x0(model.teacher, x_t, t, cond, uncond, guidance)
+        return models.deterministic_sample(x0_of, noise[0], model.schedule.timesteps(steps), model.schedule)
+
+    return Row(f"teacher, {steps} step{'s' * (steps > 1)}\nguidance {guidance:g}", draw, "teacher", steps)
+
+
+def student_row(model, student, steps):
+    @torch.no_grad()
+    def draw(noise, cond):
+        return models.rollout(student, noise[:steps], cond, model.schedule.timesteps(steps))
+
+    return Row(f"student, {steps} step{'s' * (steps > 1)}", draw, "student", steps)
+
+
+def column_noise(model, columns, steps, seed):
+    """(steps, columns, C, H, W). Column i's noise depends on the seed and i alone, not on how many columns there are."""
+    columns = [torch.randn(steps, *model.sample_shape, generator=torch.Generator().manual_seed(data.mix_seed(seed, i)))
+               for i in range(columns)]
+    return torch.stack(columns, 1).to(model.device)
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+def draw_grid(rows, columns, path):
+    """rows: [(label, pictures (N, 3, H, W) in [0, 1]), ...]; columns: N captions. Writes a PNG."""
+    size = rows[0][1].shape[-1]
+    zoom = max(1, 128 // size)
+    cell, left, top = size * zoom + 8, 190, 56
+    font = ImageFont.load_default(14)
+    sheet = Image.new("RGB", (left + cell * len(columns), top + cell * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, caption in enumerate(columns):
+        pen.multiline_text((left + cell * (i + 0.5), top - 6), wrap(caption, font, cell - 6), font=font, fill="black", anchor="md",
+                           align="center")
+    for j, (label, pictures) in enumerate(rows):
+        pen.multiline_text((10, top + cell * (j + 0.5)), label, font=font, fill="black", anchor="lm", spacing=5)
+        for i, picture in enumerate(pictures):
+            pixels = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+            tile = Image.fromarray(pixels).resize((size * zoom, size * zoom), Image.Resampling.BICUBIC)
+            sheet.paste(tile, (left + cell * i + 4, top + cell * j + 4))
+    save_picture(sheet, path)
+
+
+def wrap(text, font, width, lines=3):
+    """Break at spaces so that each line fits; what does not fit into `lines` is cut with dots."""
+    out = [""]
+    for word in (text or "(no prompt)").split():
+        longer = f"{out[-1]} {word}".strip()
+        out = out[:-1] + [longer] if font.getlength(longer) <= width or not out[-1] else out + [word]
+    return "\n".join(out[:lines] if len(out) <= lines else out[:lines - 1] + [out[lines - 1] + "..."])
+
+
+def draw_curves(curves, path):
+    """curves: {title: [(x, y), ...]}; one small panel each, in a column of two."""
+    width, height, font = 420, 190, ImageFont.load_default(13)
+    rows = (len(curves) + 1) // 2
+    sheet = Image.new("RGB", (2 * width, rows * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, (title, points) in enumerate(curves.items()):
+        x0, y0, w, h = (k % 2) * width + 62, (k // 2) * height + 26, width - 80, height - 54
+        pen.rectangle((x0, y0, x0 + w, y0 + h), outline="gray")
+        pen.text((x0, y0 - 20), title, font=font, fill="black")
+        if not points:
+            continue
+        xs, ys = zip(*points)
+        low, high = min(ys), max(ys)
+        span, reach = (high - low) or 1.0, (xs[-1] - xs[0]) or 1
+        line = [(x0 + w * (x - xs[0]) / reach, y0 + h - h * (y - low) / span) for x, y in points]
+        pen.line(line if len(line) > 1 else line * 2, fill="steelblue", width=2)
+        pen.text((x0 - 5, y0), f"{high:.3g}", font=font, fill="black", anchor="rm")
+        pen.text((x0 - 5, y0 + h), f"{low:.3g}", font=font, fill="black", anchor="rm")
+        pen.text((x0, y0 + h + 4), str(xs[0]), font=font, fill="black")
+        pen.text((x0 + w, y0 + h + 4), f"iteration {xs[-1]}", font=font, fill="black", anchor="ra")
+    save_picture(sheet, path)
+
+
+def save_picture(picture, path):
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the picture {path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+def add_common_flags(parser):
+    """Flags that sample.py and eval.py share."""
+    parser.add_argument("--student", metavar="DIR", help=f"run directory or UNet directory (default {DEFAULT_RUN})")
+    parser.add_argument("--model", metavar="PATH", help="the teacher (default: the one the student's run names, else the embedded one)")
+    parser.add_argument("--steps", type=errors.positive, nargs="+", default=[4, 2, 1], help="numbers of student steps")
+    parser.add_argument("--teacher-steps", type=errors.positive, default=50)
+    parser.add_argument("--guidance", type=errors.positive_number, help="of the teacher (default: what the student was distilled with)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
+
+
+def load_teacher_and_student(args, teacher_only=False):
+    """The two networks that the common flags name, and the guidance scale to use. Fills in what the student's run knows."""
+    run = Path(args.student or DEFAULT_RUN)
+    if not run.exists() and not teacher_only:
+        hint = "" if args.student else ": make one with `python train.py`, or name another with --student"
+        raise UserError(f"there is no student at {run}{hint}")
+    config = models.read_json(run / "config.json") if (run / "student").is_dir() and not teacher_only else {}
+    model = models.load_model(args.model or config.get("model") or data.EMOJI_TEACHER, args.device, getattr(torch, args.dtype))
+    longest = max(args.teacher_steps, *args.steps)
+    if longest > len(model.schedule):
+        raise UserError(f"{longest} steps are more than the {len(model.schedule)} noise levels of {model.name}")
+    student = None if teacher_only else models.load_student(run, model)
+    return model, student, args.guidance or config.get("guidance") or DEFAULT_GUIDANCE
+
+
+def parse_arguments():
+    parser = errors.Parser(__doc__)
+    add_common_flags(parser)
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="prompts in quotes, or one .txt file with a prompt a line")
+    parser.add_argument("--out", default="samples.png", metavar="FILE")
+    return parser.parse_args()
+
+
+def chosen_prompts(words):
+    prompts = data.read_prompts(words[0]) if len(words) == 1 and words[0].endswith(".txt") else list(words)
+    if not any(prompt.strip() for prompt in prompts):
+        raise UserError("--prompts holds no prompt")
+    return prompts
+
+
+def main():
+    args = parse_arguments()
+    prompts = chosen_prompts(args.prompts)
+    if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--out {args.out} should end in .png, .jpg or .webp")
+    model, student, guidance = load_teacher_and_student(args)
+    cond = model.encode(prompts)
+    noise = column_noise(model, len(prompts), max(args.steps), args.seed)
+    rows = [teacher_row(model, args.teacher_steps, guidance), teacher_row(model, max(args.steps), guidance)]
+    rows += [student_row(model, student, steps) for steps in args.steps]
+    rows[-1].draw(noise, cond)  # the first call of all is slower than the rest, and no row should pay for that
+    drawn, first = [], None
+    for row in rows:
+        start = time.perf_counter()
+        x0 = row.draw(noise, cond)
+        if x0.is_cuda:
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() - start) / len(prompts)
+        first = first or seconds
+        label = f"{row.label}\n{seconds * 1000:.3g} ms a picture\n{first / seconds:.3g} x the speed"
+        print(label.replace("\n", ", "))
+        drawn.append((label, model.decode(x0)))
+    draw_grid(drawn, prompts, args.out)
+    print(f"pictures: {args.out}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,244 @@
+"""train.py, sample.py and eval.py as a user runs them, tiny, and what they write. Run with: pytest"""
+
+import json
+import math
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+import data
+import models
+import sample
+
+HERE = Path(__file__).resolve().parent
+TINY = ["--batch-size", "4", "--fake-updates", "2", "--picture-every", "4", "--save-every", "2", "--warmup", "0"]
+
+
+def run(script, *arguments):
+    """Run one of our scripts in this process, with a command line of its own; returns the exit status."""
+    argv, sys.argv = sys.argv, [script, *map(str, arguments)]
+    try:
+        runpy.run_path(str(HERE / script), run_name="__main__")
+        return 0
+    except SystemExit as exit:
+        return exit.code
+    finally:
+        sys.argv = argv
+
+
+def weights(folder):
+    return UNet2DConditionModel.from_pretrained(folder).state_dict()
+
+
+def same_weights(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four iterations that the tests read, and must not change."""
+    out = tmp_path_factory.mktemp("runs") / "four"
+    assert run("train.py", "--out", out, "--iterations", 4, *TINY) == 0
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------- the run directory
+
+def test_run_directory(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["batch_size"] == 4 and config["student_steps"] == 4 and config["guidance"] == sample.DEFAULT_GUIDANCE
+    for name in ("curves.png", "pictures/000000.png", "pictures/000004.png"):
+        Image.open(finished / name).verify()
+    student, teacher = weights(finished / "student"), weights(data.EMOJI_TEACHER / "unet")
+    assert not same_weights(student, {name: tensor.float() for name, tensor in teacher.items()})
+
+
+def test_metrics_have_a_row_each_ten_iterations_with_losses_and_health(tmp_path):
+    assert run("train.py", "--out", tmp_path / "run", "--iterations", 10, *TINY) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [10]
+    assert {"fake_loss", "fake_grad_norm", "student_grad_norm", "direction", "std", "gap", "cosine", "seconds"} <= rows[0].keys()
+    assert all(math.isfinite(value) for value in rows[0].values()) and 0.3 < rows[0]["std"] < 3
+
+
+def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(finished, tmp_path):
+    out = tmp_path / "run"
+    assert run("train.py", "--out", out, "--iterations", 2, *TINY) == 0
+    assert run("train.py", "--resume", out, "--iterations", 4, *TINY) == 0
+    resumed, undisturbed = (torch.load(folder / "state.pt", weights_only=True) for folder in (out, finished))
+    assert resumed["iteration"] == undisturbed["iteration"] == 4
+    for part in ("student", "fake_score", "averaged_student"):
+        assert same_weights(resumed[part], undisturbed[part])
+    for part in ("student_optimizer", "fake_optimizer"):
+        for a, b in zip(resumed[part]["state"].values(), undisturbed[part]["state"].values()):
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_interrupted_run_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    """The real signal, sent from inside the second iteration."""
+    import os
+    import signal
+    real = models.rollout
+    calls = []
+
+    def rollout_and_interrupt(*args):
+        calls.append(1)
+        if len(calls) == 3:  # the first is the gallery's
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(models, "rollout", rollout_and_interrupt)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert run("train.py", "--out", tmp_path / "run", "--iterations", 9, *TINY) == 130
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().out
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["iteration"] == 2
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_a_good_student(tmp_path):
+    message = run("train.py", "--out", tmp_path / "run", "--iterations", 50, *TINY, "--learning-rate", "1e30")
+    assert "not finite" in message and "last good student" in message
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run" / "student").values())
+
+
+def test_other_seed_other_student(finished, tmp_path):
+    assert run("train.py", "--out", tmp_path / "run", "--iterations", 4, "--seed", 1, *TINY) == 0
+    assert not same_weights(weights(tmp_path / "run" / "student"), weights(finished / "student"))
+
+
+def test_benchmark(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("train.py", "--benchmark", 2, *TINY) == 0
+    assert "s an iteration" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------- sampling and judging
+
+def test_sample_draws_the_grid(finished, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("cat face\n\nred apple\n")
+    assert run("sample.py", "--student", finished, "--prompts", tmp_path / "prompts.txt", "--teacher-steps", 3,
+               "--out", tmp_path / "grid.png") == 0
+    printed = capsys.readouterr().out
+    assert "teacher, 3 steps" in printed and "student, 1 step" in printed and "x the speed" in printed
+    picture = Image.open(tmp_path / "grid.png")
+    assert picture.width > 2 * 128 and picture.height > 5 * 128
+
+
+def test_sample_is_reproducible_and_column_noise_does_not_depend_on_the_other_columns(finished):
+    model = models.load_model(data.EMOJI_TEACHER)
+    torch.testing.assert_close(sample.column_noise(model, 2, 4, 7), sample.column_noise(model, 5, 4, 7)[:, :2], rtol=0, atol=0)
+    assert (sample.column_noise(model, 2, 4, 7) != sample.column_noise(model, 2, 4, 8)).any()
+
+
+def test_embedded_teacher_is_a_stable_diffusion_pipeline_and_our_sampler_draws_what_diffusers_draws():
+    model, prompts = models.load_model(data.EMOJI_TEACHER), ["cat face", "red apple"]
+    noise = sample.column_noise(model, 2, 1, 0)
+    ours = model.decode(sample.teacher_row(model, 10, 3.0).draw(noise, model.encode(prompts)))
+    pipe = StableDiffusionPipeline.from_pretrained(data.EMOJI_TEACHER, safety_checker=None)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.float()
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(prompts, latents=noise[0], num_inference_steps=10, guidance_scale=3.0, output_type="pt").images
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+
+
+def test_embedded_teacher_is_small():
+    assert sum(path.stat().st_size for path in data.EMOJI_TEACHER.rglob("*") if path.is_file()) < 24e6
+
+
+def test_eval_writes_every_number_with_its_error(finished, tmp_path):
+    out = tmp_path / "numbers.json"
+    assert run("eval.py", "--student", finished, "--samples", 8, "--steps", 1, "--teacher-steps", 2, "--out", out) == 0
+    report = json.loads(out.read_text())
+    assert report["samples"] == 8
+    assert [row["label"].split(",")[0] for row in report["rows"]] == ["real pictures", "teacher", "teacher", "teacher", "student"]
+    for row in report["rows"]:
+        for name in ("alignment", "frechet", "mean", "deviation") + (() if row["label"] == "real pictures" else ("coverage",)):
+            assert math.isfinite(row[name]["value"]) and row[name]["standard_error"] >= 0
+    assert report["rows"][0]["alignment"]["value"] >= 7 / 8
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+def bad_inputs():
+    """(script, arguments, what the one line says); {run} and {tmp} are filled in."""
+    return [
+        ("train.py", ["--iteratons", "5"], "did you mean --iterations?"),
+        ("train.py", ["--iter", "5"], "unknown argument"),
+        ("train.py", ["--variant", "dmd3"], "invalid choice"),
+        ("train.py", ["--student-steps", "0"], "above 0"),
+        ("train.py", ["--student-steps", "2000"], "noise levels"),
+        ("train.py", ["--guidance", "nan"], "above 0"),
+        ("train.py", ["--model", "{tmp}/absent/model"], "no model directory"),
+        ("train.py", ["--model", "{tmp}"], "model_index.json"),
+        ("train.py", ["--model", "{tmp}/damaged"], "cannot be loaded"),
+        ("train.py", ["--prompts", "{tmp}/absent.txt"], "cannot be read"),
+        ("train.py", ["--prompts", "{tmp}/empty.txt"], "holds no prompt"),
+        ("train.py", ["--out", "{run}"], "holds an earlier run"),
+        ("train.py", ["--out", "{tmp}", "--overwrite"], "no run directory"),
+        ("train.py", ["--out", "/proc/nowhere"], "cannot be written to"),
+        ("train.py", ["--out", "{tmp}/empty.txt"], "is a file"),
+        ("train.py", ["--resume", "{tmp}/absent"], "no run to resume"),
+        ("train.py", ["--resume", "{run}", "--seed", "3"], "seed was 0, is 3"),
+        ("train.py", ["--resume", "{tmp}/truncated", *TINY], "damaged"),
+        ("sample.py", ["--steps", "0"], "above 0"),
+        ("sample.py", ["--student", "{tmp}/absent"], "no student"),
+        ("sample.py", ["--student", "{tmp}"], "no student"),
+        ("sample.py", ["--student", "{tmp}/other"], "block_out_channels is [32, 64]"),
+        ("sample.py", ["--student", "{run}", "--prompts", "{tmp}/empty.txt"], "holds no prompt"),
+        ("sample.py", ["--student", "{run}", "--prompts", ""], "holds no prompt"),
+        ("sample.py", ["--student", "{run}", "--prompts", "cat", "--out", "/proc/nowhere/x.png"], "cannot be written"),
+        ("sample.py", ["--student", "{run}", "--out", "{tmp}/grid.txt"], "should end in .png"),
+        ("eval.py", ["--student", "{run}", "--out", "{tmp}/absent/x.json"], "no directory"),
+        ("eval.py", ["--student", "{run}", "--samples", "5000"], "captions"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def places(finished, tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("bad")
+    (tmp / "empty.txt").write_text("\n \n")
+    shutil.copytree(data.EMOJI_TEACHER, tmp / "damaged")
+    weight_file = tmp / "damaged" / "unet" / "diffusion_pytorch_model.safetensors"
+    weight_file.write_bytes(weight_file.read_bytes()[:100_000])
+    shutil.copytree(finished, tmp / "truncated")
+    (tmp / "truncated" / "state.pt").write_bytes((finished / "state.pt").read_bytes()[:100_000])
+    UNet2DConditionModel(sample_size=8, in_channels=8, out_channels=8, block_out_channels=(32, 64), down_block_types=("DownBlock2D", "DownBlock2D"),
+                         up_block_types=("UpBlock2D", "UpBlock2D"), cross_attention_dim=32, layers_per_block=1).save_pretrained(tmp / "other")
+    return {"run": str(finished), "tmp": str(tmp)}
+
+
+@pytest.mark.parametrize("script, arguments, says", bad_inputs(), ids=lambda value: value if isinstance(value, str) else " ".join(value))
+def test_bad_input_is_one_line_and_status_2_and_changes_nothing(script, arguments, says, places, capsys):
+    before = {path: path.stat().st_mtime_ns for path in Path(places["run"]).rglob("*")}
+    assert run(script, *(argument.format(**places) for argument in arguments)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(script)]
+    assert len(lines) == 1 and says in lines[0], lines
+    assert before == {path: path.stat().st_mtime_ns for path in Path(places["run"]).rglob("*")}
+
+
+def test_an_existing_run_is_replaced_when_asked(tmp_path):
+    for _ in range(2):
+        assert run("train.py", "--out", tmp_path / "run", "--iterations", 1, "--overwrite", *TINY) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["iterations"] == 1
+
+
+def test_nothing_in_a_state_file_is_executed(finished, tmp_path, capsys):
+    """A pickle that would write a file when loaded plainly."""
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "sprung",))
+
+    shutil.copytree(finished, tmp_path / "run")
+    torch.save({"iteration": Trap()}, tmp_path / "run" / "state.pt")
+    assert run("train.py", "--resume", tmp_path / "run", "--iterations", 4, *TINY) == 2
+    assert not (tmp_path / "sprung").exists()
