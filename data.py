@@ -126,11 +126,13 @@ def list_emoji():
     print(f"{len(lines)} captions in {EMOJI_CAPTIONS}")
 
 
-def shift_and_scale(pictures, generator):
-    """(B, 3, 2S, 2S) uint8 -> (B, 3, S, S) in [-1, 1], each shrunk by up to 5 % and moved by up to one pixel."""
+def shift_and_scale(pictures, generator, width=1.0):
+    """(B, 3, 2S, 2S) uint8 -> (B, 3, S, S) in [-1, 1], each shrunk by up to a quarter and moved by up to 5 of 64 pixels, both
+    times `width`. A caption thus has many pictures, and their mean, which is what one step of an undistilled network shows,
+    is a blur."""
     batch, _, size, _ = pictures.shape
-    scale = 1 / (1 - 0.05 * torch.rand(batch, generator=generator))
-    shift = (2 * torch.rand(batch, 2, generator=generator) - 1) * 2 / (size // 2)
+    scale = 1 / (1 - 0.25 * width * torch.rand(batch, generator=generator))
+    shift = (2 * torch.rand(batch, 2, generator=generator) - 1) * width * 5 / 32
     theta = torch.zeros(batch, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = scale
     theta[:, :, 2] = shift

@@ -7,12 +7,13 @@
 The pictures of the embedded data set are the judge, so no network has to be trusted or downloaded:
 
   alignment  share of samples, one for each of --samples full captions, whose nearest picture in the set carries all words of
-             the prompt. "Nearest" is Euclidean on pictures blurred by a 5x5 box.
+             the prompt. Both are cut to the square around their ink and compared by mean colour and edge strength in 8x8 cells,
+             so place and size do not count, and a blur is not taken for the picture that it is a blur of.
   coverage   distinct right emojis among 32 samples of a one-word prompt, as a share of those that exist; mean of the words
              cat, heart and moon, three times 32 samples each.
-  frechet    Frechet distance between Gaussians fitted to samples and to the set, on 64 features: mean colour and mean edge
+  frechet    Frechet distance between Gaussians fitted to samples and to the set, on 80 features, mean colour and edge
              strength in each of 4x4 cells, in units of 1/10 of the grey range. Few samples raise it; the last row, real
-             pictures moved a little, shows what is left for a perfect model.
+             pictures at random places and sizes, shows what is left for a perfect model.
   mean, deviation   of the picture's values in [0, 1], averaged over pictures: over-saturation shows as a rising deviation.
 
 Every number has a standard error: over samples for alignment, mean and deviation, over 20 bootstrap draws of the samples for the
@@ -36,21 +37,36 @@ import sample
 COVERAGE_WORDS = ("cat", "heart", "moon")
 COVERAGE_SAMPLES, COVERAGE_REPEATS = 32, 3
 BATCH = 50
+EDGE_WEIGHT = 4.0  # edges are weaker than colours; times 4 both count alike
 
 
 # ---------------------------------------------------------------------------------------------------- the judge
 
-def blurred(pictures):
-    """(N, 3, 64, 64) in [0, 1] -> (N, 3072): a 5x5 box mean at every other pixel, white beyond the edge."""
-    return F.avg_pool2d(F.pad(pictures, (2, 2, 2, 2), value=1.0), 5, 2).flatten(1)
+def centred(pictures, size=32):
+    """(N, 3, H, W) in [0, 1] -> (N, 3, size, size): the square around the ink, so that where and how large it is does not
+    count. The square spans all but the outer 1 % of the ink on each side, lest a speck decide."""
+    ink = (pictures.amin(1) < 0.7).float()
+    bounds = []
+    for along in (2, 1):  # what is left is y first, x then
+        mass = ink.sum(along).cumsum(1)
+        low = (mass < 0.01 * mass[:, -1:]).sum(1)
+        high = (mass < 0.99 * mass[:, -1:]).sum(1) + 1
+        bounds.append((low, torch.maximum(high, low + 1)))
+    (top, bottom), (left, right) = bounds
+    side = torch.maximum(bottom - top, right - left).clamp(max=pictures.shape[-1])
+    theta = torch.zeros(len(pictures), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = side / pictures.shape[-1]
+    theta[:, 0, 2] = (left + right) / pictures.shape[-1] - 1
+    theta[:, 1, 2] = (top + bottom) / pictures.shape[-2] - 1
+    grid = F.affine_grid(theta, (len(pictures), 3, size, size), align_corners=False)
+    return 1 - F.grid_sample(1 - pictures, grid, align_corners=False)
 
 
-def cell_features(pictures):
-    """(N, 3, 64, 64) in [0, 1] -> (N, 64): mean colour and mean edge strength of 4x4 cells, times 10."""
-    right = F.pad(pictures, (0, 1, 0, 0), mode="replicate").diff(dim=3)
-    below = F.pad(pictures, (0, 0, 0, 1), mode="replicate").diff(dim=2)
-    edges = (right.abs() + below.abs()).mean(1, keepdim=True)
-    return 10 * F.avg_pool2d(torch.cat([pictures, edges], 1), 16).flatten(1)
+def cell_features(pictures, cells):
+    """(N, 3, H, W) in [0, 1] -> (N, 5 cells^2): mean colour, and mean strength of edges either way, in cells x cells squares."""
+    right = F.pad(pictures, (0, 1, 0, 0), mode="replicate").diff(dim=3).abs().mean(1, keepdim=True)
+    below = F.pad(pictures, (0, 0, 0, 1), mode="replicate").diff(dim=2).abs().mean(1, keepdim=True)
+    return F.adaptive_avg_pool2d(torch.cat([pictures, EDGE_WEIGHT * right, EDGE_WEIGHT * below], 1), cells).flatten(1)
 
 
 def frechet_distance(a, b):
@@ -72,12 +88,17 @@ class Judge:
     def __init__(self):
         self.captions = [caption for _, caption in data.emoji_captions()]
         self.words = [set(caption.split()) for caption in self.captions]
-        self.pictures = data.emoji_pictures(64).float() / 255                          # (1453, 3, 64, 64)
-        self.blurred, self.features = blurred(self.pictures), cell_features(self.pictures)
+        self.pictures = data.emoji_pictures(128)                                       # (1453, 3, 128, 128)
+        self.appearance = cell_features(centred(F.avg_pool2d(self.pictures.float() / 255, 2)), 8)
+        self.layout = cell_features(self.moved(range(len(self.captions)), seed=0), 4)
+
+    def moved(self, index, seed):
+        """Real pictures as the teacher learnt them, at random places and sizes: (N, 3, 64, 64) in [0, 1]."""
+        return (data.shift_and_scale(self.pictures[list(index)], torch.Generator().manual_seed(seed)) + 1) / 2
 
     def nearest(self, pictures):
         """Index of the nearest picture of the set, for each."""
-        return torch.cdist(blurred(pictures), self.blurred).argmin(1).tolist()
+        return torch.cdist(cell_features(centred(pictures), 8), self.appearance).argmin(1).tolist()
 
     def right(self, pictures, prompts):
         """For each picture the index of its nearest in the set where that carries the prompt's words, else None."""
@@ -95,16 +116,16 @@ def with_error(values):
 
 def measure(judge, pictures, prompts, coverage_pictures, seed):
     """All numbers of one row, {name: (value, standard error)}. coverage_pictures: {word: [(32, 3, 64, 64), ...]} or None."""
-    features = cell_features(pictures)
+    features = 10 * cell_features(pictures, 4)
     generator = torch.Generator().manual_seed(seed)
-    draws = [frechet_distance(features[torch.randint(len(features), (len(features),), generator=generator)], judge.features)
+    draws = [frechet_distance(features[torch.randint(len(features), (len(features),), generator=generator)], 10 * judge.layout)
              for _ in range(20)]
     figures = {"alignment": with_error([index is not None for index in judge.right(pictures, prompts)])}
     if coverage_pictures:
         shares = [[len(set(judge.right(part, [word] * len(part))) - {None}) / judge.existing(word) for part in parts]
                   for word, parts in coverage_pictures.items()]
         figures["coverage"] = with_error([sum(repeat) / len(repeat) for repeat in zip(*shares)])
-    figures["frechet"] = frechet_distance(features, judge.features), torch.tensor(draws).std().item()
+    figures["frechet"] = frechet_distance(features, 10 * judge.layout), torch.tensor(draws).std().item()
     figures["mean"] = with_error(pictures.mean((1, 2, 3)))
     figures["deviation"] = with_error(pictures.flatten(1).std(dim=1))
     return figures
@@ -156,7 +177,7 @@ def main():
     judge = Judge()
     model, student, guidance = sample.load_teacher_and_student(args, args.teacher_only)
     shape = model.decode(torch.zeros(1, *model.sample_shape, device=model.device)).shape[1:]
-    if shape != judge.pictures.shape[1:]:
+    if shape != (3, 64, 64):
         raise errors.UserError(f"{model.name} draws {tuple(shape)} pictures; eval.py measures the embedded model's (3, 64, 64)")
     generator = torch.Generator().manual_seed(args.seed)
     if args.samples > len(judge.captions):
@@ -165,8 +186,7 @@ def main():
     prompts = [judge.captions[i] for i in chosen]
     words = [] if args.no_coverage else [word for word in COVERAGE_WORDS for _ in range(COVERAGE_SAMPLES * COVERAGE_REPEATS)]
 
-    moved = (data.shift_and_scale(data.emoji_pictures(128)[chosen], generator) + 1) / 2
-    table = [(f"real pictures", measure(judge, moved, prompts, None, args.seed))]
+    table = [("real pictures", measure(judge, judge.moved(chosen.tolist(), args.seed + 1), prompts, None, args.seed))]
     rows = rows_to_measure(model, student, args, guidance)
     bar = tqdm(total=len(rows) * (len(prompts) + len(words)), unit="picture")
     for row in rows:

@@ -1,11 +1,13 @@
 """What training does to parameters besides computing gradients: clipping, saving and resuming. One process so far."""
 
+import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from errors import UserError
 
@@ -58,11 +60,21 @@ def prepare_run_directory(out, resume, overwrite, bytes_needed):
     return out
 
 
+@contextlib.contextmanager
+def explain_failed_write(path):
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own for a full disk
+        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}; "
+                        "what was there before is untouched") from None
+
+
 def replace_file(path, write):
-    """write(temporary path), then swap it in: a run killed while saving keeps its earlier file."""
+    """write(temporary path), then swap it in: a run killed while saving, or a full disk, leaves the earlier file."""
     partial = Path(f"{path}.partial")
-    write(partial)
-    os.replace(partial, path)
+    with explain_failed_write(path):
+        write(partial)
+        os.replace(partial, path)
 
 
 def replace_folder(path, write):
@@ -70,7 +82,8 @@ def replace_folder(path, write):
     path, partial, old = Path(path), Path(f"{path}.partial"), Path(f"{path}.old")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-    write(partial)
+    with explain_failed_write(path):
+        write(partial)
     if path.exists():
         path.rename(old)
     partial.rename(path)

@@ -8,8 +8,10 @@ Three stages, each resumable from --work:
   autoencoder  AutoencoderTiny, 64x64x3 <-> 8x8x8. A batch norm without parameters sits on the latents while training and is
                folded into the encoder afterwards, so that the plain class gives latents of mean 0 and deviation 1. The decoder
                sees them with a little noise, which makes it forgive the sampler's small errors.
-  latents      every picture in VIEWS random positions and sizes, encoded once.
-  denoiser     CLIPTextModel and UNet2DConditionModel from scratch, together. The network predicts eps, as SD1.5's does.
+  denoiser     CLIPTextModel and UNet2DConditionModel from scratch, together. The network predicts eps, as SD1.5's does. First on
+               pictures that are hardly moved, which teaches the captions quickly, then on all positions and sizes. The latents
+               of either are encoded once, beforehand.
+  decoder      the decoder alone, for longer: the latents are fixed now, and the colours of rare pictures want more time.
 
 The result is a diffusers pipeline directory in float16 that StableDiffusionPipeline.from_pretrained reads.
 """
@@ -28,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import data
 import errors
 
-VIEWS = 8
+NARROW, NARROW_VIEWS, WIDE_VIEWS = 0.2, 8, 24
 LATENT_NOISE = 0.1   # deviation of the noise on the latents while the autoencoder trains
 WEIGHT_CAP = 5.0     # see denoiser_loss_weight
 MAX_TOKENS = 16
@@ -38,9 +40,11 @@ def parse_arguments():
     parser = errors.Parser(__doc__)
     parser.add_argument("--out", default=str(data.EMOJI_TEACHER), help="where the pipeline directory is written")
     parser.add_argument("--work", default="runs/teacher", help="where the resumable state is kept")
-    parser.add_argument("--autoencoder-iterations", type=int, default=2000)
-    parser.add_argument("--denoiser-iterations", type=int, default=20000)
-    parser.add_argument("--batch-size", type=int, default=64, help="of the denoiser; the autoencoder's is half")
+    parser.add_argument("--autoencoder-iterations", type=errors.positive, default=2000)
+    parser.add_argument("--narrow-iterations", type=errors.positive, default=5500)
+    parser.add_argument("--wide-iterations", type=errors.positive, default=7500)
+    parser.add_argument("--decoder-iterations", type=errors.positive, default=1500)
+    parser.add_argument("--batch-size", type=errors.positive, default=64, help="of the denoiser; the autoencoder's is half")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of matrix products in training")
     parser.add_argument("--seed", type=int, default=0)
@@ -100,6 +104,15 @@ def train(stage, iterations, modules, lr, loss_of, args, ema=None, average=None)
 
 # ---------------------------------------------------------------------------------------------------- autoencoder
 
+def reconstruction_loss(encode, decoder, pictures, generator, args):
+    index = torch.randint(len(pictures), (args.batch_size // 2,), generator=generator)
+    x = data.shift_and_scale(pictures[index], generator).to(args.device, memory_format=torch.channels_last)  # (B, 3, 64, 64)
+    z = encode(x)                                                                                            # (B, 8, 8, 8)
+    z = z + LATENT_NOISE * torch.randn(z.shape, generator=generator).to(z)
+    error = decoder(z).float() - x
+    return error.abs().mean() + error.square().mean()
+
+
 def make_autoencoder(pictures, args):
     torch.manual_seed(args.seed)
     vae = AutoencoderTiny(latent_channels=8, encoder_block_out_channels=(64,) * 4, decoder_block_out_channels=(64,) * 4,
@@ -107,15 +120,9 @@ def make_autoencoder(pictures, args):
     vae = vae.to(args.device, memory_format=torch.channels_last)
     norm = torch.nn.BatchNorm2d(8, affine=False, momentum=0.01).to(args.device)
 
-    def loss_of(generator):
-        index = torch.randint(len(pictures), (args.batch_size // 2,), generator=generator)
-        x = data.shift_and_scale(pictures[index], generator).to(args.device, memory_format=torch.channels_last)  # (B, 3, 64, 64)
-        z = norm(vae.encoder(x).float())                                                                         # (B, 8, 8, 8)
-        z = z + LATENT_NOISE * torch.randn(z.shape, generator=generator).to(z)
-        error = vae.decoder(z).float() - x
-        return error.abs().mean() + error.square().mean()
-
-    train("autoencoder", args.autoencoder_iterations, {"vae": vae, "norm": norm}, 1e-3, loss_of, args)
+    encode = lambda x: norm(vae.encoder(x).float())
+    train("autoencoder", args.autoencoder_iterations, {"vae": vae, "norm": norm}, 1e-3,
+          lambda generator: reconstruction_loss(encode, vae.decoder, pictures, generator, args), args)
     last = vae.encoder.layers[-1]
     deviation = (norm.running_var + norm.eps).sqrt()
     with torch.no_grad():
@@ -124,22 +131,27 @@ def make_autoencoder(pictures, args):
     return vae.eval()
 
 
+def polish_decoder(vae, pictures, args):
+    """Train the decoder alone for longer. The latents stay what they are, so this can be done at any time, again too."""
+    encode = torch.no_grad()(lambda x: vae.encoder(x).float())
+    train("decoder", args.decoder_iterations, {"decoder": vae.decoder}, 1e-3,
+          lambda generator: reconstruction_loss(encode, vae.decoder, pictures, generator, args), args)
+
+
 # ---------------------------------------------------------------------------------------------------- latents
 
 @torch.no_grad()
-def make_latents(vae, pictures, args):
-    """(VIEWS, N, 8, 8, 8): what the denoiser trains on, so that the autoencoder runs once and not in every iteration."""
-    path = Path(args.work) / "latents.pt"
-    if path.exists():
-        return torch.load(path, weights_only=True)
-    generator = torch.Generator().manual_seed(args.seed + 1)
-    views = []
-    for _ in tqdm(range(VIEWS), desc="latents"):
-        x = data.shift_and_scale(pictures, generator)
-        views.append(torch.cat([vae.encoder(part.to(args.device)).cpu() for part in x.to(memory_format=torch.channels_last).split(64)]))
-    latents = torch.stack(views)
-    save_state(path, latents=latents)
-    return {"latents": latents}
+def make_latents(vae, pictures, width, views, args):
+    """(views, N, 8, 8, 8): what the denoiser trains on, so that the autoencoder runs once and not in every iteration."""
+    path = Path(args.work) / f"latents-{width:g}.pt"
+    if not path.exists():
+        generator = torch.Generator().manual_seed(args.seed + 1)
+        latents = []
+        for _ in tqdm(range(views), desc=f"latents, width {width:g}"):
+            x = data.shift_and_scale(pictures, generator, width).to(memory_format=torch.channels_last)
+            latents.append(torch.cat([vae.encoder(part.to(args.device)).cpu() for part in x.split(64)]))
+        save_state(path, latents=torch.stack(latents))
+    return torch.load(path, weights_only=True)["latents"]
 
 
 # ---------------------------------------------------------------------------------------------------- denoiser
@@ -185,16 +197,15 @@ def denoiser_loss_weight(alpha):
     return (1 / alpha.square()).clamp(max=WEIGHT_CAP)
 
 
-def make_denoiser(latents, captions, tokenizer, args):
+def make_denoiser(vae, pictures, captions, tokenizer, args):
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, timestep_spacing="trailing",
                               set_alpha_to_one=True, steps_offset=1, prediction_type="epsilon")
     alpha, sigma = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
     text_encoder, unet = make_networks(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, args)
     networks = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
-    ema = torch.optim.swa_utils.AveragedModel(networks, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
 
-    def loss_of(generator):
-        view = torch.randint(VIEWS, (args.batch_size,), generator=generator)
+    def loss_of(latents, generator):
+        view = torch.randint(len(latents), (args.batch_size,), generator=generator)
         index = torch.randint(len(captions), (args.batch_size,), generator=generator)
         t = torch.randint(len(alpha), (args.batch_size,), generator=generator)
         x0 = latents[view, index]                                                                  # (B, 8, 8, 8)
@@ -208,7 +219,11 @@ def make_denoiser(latents, captions, tokenizer, args):
 
     # The plain matrix-product attention: CPU flash attention is several times slower in bfloat16's backward pass.
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        train("denoiser", args.denoiser_iterations, networks, 1e-3, loss_of, args, ema, networks)
+        latents = make_latents(vae, pictures, NARROW, NARROW_VIEWS, args)
+        train("denoiser-narrow", args.narrow_iterations, networks, 1e-3, lambda generator: loss_of(latents, generator), args)
+        latents = make_latents(vae, pictures, 1.0, WIDE_VIEWS, args)
+        ema = torch.optim.swa_utils.AveragedModel(networks, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+        train("denoiser-wide", args.wide_iterations, networks, 1e-3, lambda generator: loss_of(latents, generator), args, ema, networks)
     return ema.module["text_encoder"].eval(), ema.module["unet"].eval(), scheduler
 
 
@@ -238,9 +253,9 @@ def main():
     captions = [caption for _, caption in data.emoji_captions()]
     pictures = data.emoji_pictures(128)  # twice the size of the pictures made of them, for clean shifts and scales
     vae = make_autoencoder(pictures, args)
-    latents = make_latents(vae, pictures, args)["latents"]
     tokenizer = make_tokenizer(captions, work / "tokenizer")
-    text_encoder, unet, scheduler = make_denoiser(latents, captions, tokenizer, args)
+    text_encoder, unet, scheduler = make_denoiser(vae, pictures, captions, tokenizer, args)
+    polish_decoder(vae, pictures, args)
     write_pipeline(out, vae, text_encoder, unet, tokenizer, scheduler)
 
 

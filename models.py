@@ -230,9 +230,10 @@ def read_scheduler(scheduler, name):
 
 def load_model(path, device="cpu", dtype=torch.float32):
     """A Stable Diffusion pipeline from a diffusers directory, a hub id, or one .safetensors file."""
-    from diffusers import StableDiffusionPipeline
     options = dict(safety_checker=None, feature_extractor=None)
+    check_device(device)
     with quiet_libraries():
+        from diffusers import StableDiffusionPipeline
         try:
             if Path(path).is_file():
                 pipe = StableDiffusionPipeline.from_single_file(path, **options)
@@ -243,6 +244,13 @@ def load_model(path, device="cpu", dtype=torch.float32):
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"the model {path} cannot be loaded: {first_line(error)}") from None
         return Model(str(path), pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.unet, pipe.scheduler, device, dtype)
+
+
+def check_device(device):
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used: {first_line(error)}") from None
 
 
 @contextlib.contextmanager

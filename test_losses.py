@@ -392,9 +392,11 @@ def test_frechet_distance_in_closed_form():
 def test_judge_knows_real_pictures_when_they_are_moved():
     judge = evaluation.Judge()
     chosen = torch.arange(0, len(judge.captions), 15)
-    moved_pictures = (data.shift_and_scale(data.emoji_pictures(128)[chosen], torch.Generator().manual_seed(3)) + 1) / 2
+    moved_pictures = judge.moved(chosen.tolist(), seed=3)
     captions = [judge.captions[i] for i in chosen]
     assert sum(index is not None for index in judge.right(moved_pictures, captions)) >= 0.97 * len(captions)
     wrong = judge.right(moved_pictures, captions[1:] + captions[:1])
     assert sum(index is not None for index in wrong) <= 0.05 * len(captions)
+    blur = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(moved_pictures, (5,) * 4, value=1.0), 11, 1)
+    assert sum(index is not None for index in judge.right(blur, captions)) <= 0.5 * len(captions)
     assert judge.existing("cat") == sum("cat" in caption.split() for caption in judge.captions)

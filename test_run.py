@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
+import resource
 import runpy
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 import data
@@ -82,8 +85,6 @@ def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(finished, tmp_path):
 
 def test_interrupted_run_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     """The real signal, sent from inside the second iteration."""
-    import os
-    import signal
     real = models.rollout
     calls = []
 
@@ -94,14 +95,25 @@ def test_interrupted_run_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypat
         return real(*args)
 
     monkeypatch.setattr(models, "rollout", rollout_and_interrupt)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        assert run("train.py", "--out", tmp_path / "run", "--iterations", 9, *TINY) == 130
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    before = signal.getsignal(signal.SIGINT)
+    assert run("train.py", "--out", tmp_path / "run", "--iterations", 9, *TINY) == 130
+    assert signal.getsignal(signal.SIGINT) == before
     assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().out
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["iteration"] == 2
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_state(finished, tmp_path, capsys):
+    """Files over 1 MB fail to be written, as on a full disk."""
+    shutil.copytree(finished, tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        assert run("train.py", "--resume", tmp_path / "run", "--iterations", 6, *TINY) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "untouched" in capsys.readouterr().err
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["iteration"] == 4
+    assert same_weights(weights(tmp_path / "run" / "student"), weights(finished / "student"))
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_a_good_student(tmp_path):
@@ -151,6 +163,25 @@ def test_embedded_teacher_is_a_stable_diffusion_pipeline_and_our_sampler_draws_w
     torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
 
 
+def test_student_in_plain_diffusers_draws_what_our_sampler_draws(finished):
+    """The snippet of the README, from the same noise."""
+    model = models.load_model(data.EMOJI_TEACHER)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.stack([torch.randn(2, *model.sample_shape, generator=generator) for _ in range(4)])
+    row = sample.student_row(model, models.load_student(finished, model), 4)
+    ours = model.decode(row.draw(noise, model.encode(["cat face", "red apple"])))
+    pipe = StableDiffusionPipeline.from_pretrained(data.EMOJI_TEACHER, safety_checker=None,
+                                                   unet=UNet2DConditionModel.from_pretrained(finished / "student"))
+    for part in (pipe.vae, pipe.text_encoder):
+        part.float()
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    generator.manual_seed(0)
+    torch.randn(2, *model.sample_shape, generator=generator)  # noise[0]; the scheduler draws the rest
+    theirs = pipe(["cat face", "red apple"], latents=noise[0], timesteps=[999, 749, 499, 249], guidance_scale=0,
+                  generator=generator, output_type="pt").images
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+
+
 def test_embedded_teacher_is_small():
     assert sum(path.stat().st_size for path in data.EMOJI_TEACHER.rglob("*") if path.is_file()) < 24e6
 
@@ -181,6 +212,7 @@ def bad_inputs():
         ("train.py", ["--model", "{tmp}/absent/model"], "no model directory"),
         ("train.py", ["--model", "{tmp}"], "model_index.json"),
         ("train.py", ["--model", "{tmp}/damaged"], "cannot be loaded"),
+        ("train.py", ["--device", "nonsense"], "--device nonsense cannot be used"),
         ("train.py", ["--prompts", "{tmp}/absent.txt"], "cannot be read"),
         ("train.py", ["--prompts", "{tmp}/empty.txt"], "holds no prompt"),
         ("train.py", ["--out", "{run}"], "holds an earlier run"),

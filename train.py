@@ -235,9 +235,14 @@ class Gallery:
                          self.prompts, self.out / f"{iteration:06d}.png")
 
 
+def save_student(out, networks):
+    with models.quiet_libraries():
+        fsdp.replace_folder(out / "student", networks.averaged_student.network.save_pretrained)
+
+
 def save(out, networks, iteration):
     """The averaged student for use, and everything for --resume."""
-    fsdp.replace_folder(out / "student", networks.averaged_student.network.save_pretrained)
+    save_student(out, networks)
     fsdp.save_state(out, {"iteration": iteration} | {name: part.state_dict() for name, part in networks.parts().items()})
 
 
@@ -263,9 +268,15 @@ def train(networks, prompts, config, args):
     # What the run is watched by.
     gallery = Gallery(out, networks, prompts, args)
     log = Log(out, networks, gallery.x_teacher.flatten(1).std(dim=1).mean().item(), start)
-    stop = StopAtSignal()
     if start == 0:
         gallery.draw(0)
+    with StopAtSignal() as stop:
+        loop(networks, prompts, args, out, gallery, log, start, stop)
+    print(f"pictures: {out}/pictures, curves: {out}/curves.png, student: {out}/student")
+    print(f"sample it: python sample.py --student {out}")
+
+
+def loop(networks, prompts, args, out, gallery, log, start, stop):
     began = time.perf_counter() - (log.rows[-1]["seconds"] if log.rows else 0)
     progress = tqdm(range(start, args.iterations), initial=start, total=args.iterations, desc=args.variant, unit="it")
 
@@ -276,7 +287,7 @@ def train(networks, prompts, config, args):
             row = log.add(iteration + 1, figures, time.perf_counter() - began)
         except fsdp.NotFinite as error:
             progress.close()
-            fsdp.replace_folder(out / "student", networks.averaged_student.network.save_pretrained)
+            save_student(out, networks)
             sys.exit(f"train.py: stopped at iteration {iteration + 1}: {error}. The last good student is in {out / 'student'}; "
                      f"a lower --learning-rate or --clip usually helps.")
 
@@ -295,21 +306,22 @@ def train(networks, prompts, config, args):
             print(f"interrupted after {done} of {args.iterations} iterations; go on with: {resume_command(args)}")
             sys.exit(130)
 
-    print(f"pictures: {out}/pictures, curves: {out}/curves.png, student: {out}/student")
-    print(f"sample it: python sample.py --student {out}")
-
 
 class StopAtSignal:
     """Ctrl-C and SIGTERM are noted and obeyed between two iterations; a second one stops at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def note(self, number, frame):
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def resume_command(args):
