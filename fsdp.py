@@ -105,13 +105,18 @@ def load_state(out, device):
         raise UserError(f"{path} cannot be resumed from, it is damaged or no state of ours: {type(error).__name__}") from None
 
 
-def check_same_configuration(out, config, may_differ):
-    """A resumed run must be the same run."""
+def read_configuration(out):
+    """The flags that the run in `out` was started with."""
     path = Path(out) / "config.json"
     try:
-        saved = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         raise UserError(f"there is no run to resume at {out}: {path} is missing or damaged") from None
+
+
+def check_same_configuration(out, config, may_differ):
+    """A resumed run must be the same run."""
+    saved = read_configuration(out)
     differing = [f"{name} was {saved.get(name)}, is {value}" for name, value in config.items()
                  if name not in may_differ and saved.get(name) != value]
     if differing:

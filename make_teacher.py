@@ -45,6 +45,7 @@ def parse_arguments():
     parser.add_argument("--wide-iterations", type=errors.positive, default=7500)
     parser.add_argument("--decoder-iterations", type=errors.positive, default=1500)
     parser.add_argument("--batch-size", type=errors.positive, default=64, help="of the denoiser; the autoencoder's is half")
+    parser.add_argument("--pictures", type=errors.positive, help="learn the first N pictures only, for a quick trial")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of matrix products in training")
     parser.add_argument("--seed", type=int, default=0)
@@ -250,8 +251,8 @@ def main():
     args = parse_arguments()
     work, out = Path(args.work), Path(args.out)
     work.mkdir(parents=True, exist_ok=True)
-    captions = [caption for _, caption in data.emoji_captions()]
-    pictures = data.emoji_pictures(128)  # twice the size of the pictures made of them, for clean shifts and scales
+    captions = [caption for _, caption in data.emoji_captions()][:args.pictures]
+    pictures = data.emoji_pictures(128)[:args.pictures]  # twice the size of what is made of them, for clean shifts and scales
     vae = make_autoencoder(pictures, args)
     tokenizer = make_tokenizer(captions, work / "tokenizer")
     text_encoder, unet, scheduler = make_denoiser(vae, pictures, captions, tokenizer, args)

@@ -32,8 +32,6 @@ class Row:
     """One way of making pictures. draw(noise, cond) -> x0, noise (S, B, ...): a sampler uses as many of the S as it needs."""
     label: str
     draw: Callable
-    kind: str
-    steps: int
 
 
 def teacher_row(model, steps, guidance):
@@ -44,7 +42,7 @@ def teacher_row(model, steps, guidance):
         x0_of = lambda x_t, t: models.guided_x0(model.teacher, x_t, t, cond, uncond, guidance)
         return models.deterministic_sample(x0_of, noise[0], model.schedule.timesteps(steps), model.schedule)
 
-    return Row(f"teacher, {steps} step{'s' * (steps > 1)}\nguidance {guidance:g}", draw, "teacher", steps)
+    return Row(f"teacher, {steps} step{'s' * (steps > 1)}\nguidance {guidance:g}", draw)
 
 
 def student_row(model, student, steps):
@@ -52,11 +50,11 @@ def student_row(model, student, steps):
     def draw(noise, cond):
         return models.rollout(student, noise[:steps], cond, model.schedule.timesteps(steps))
 
-    return Row(f"student, {steps} step{'s' * (steps > 1)}", draw, "student", steps)
+    return Row(f"student, {steps} step{'s' * (steps > 1)}", draw)
 
 
 def column_noise(model, columns, steps, seed):
-    """(steps, columns, C, H, W). Column i's noise depends on the seed and i alone, not on how many columns there are."""
+    """(steps, columns, C, H, W). Noise depends on the seed, its step and its column alone, not on how many there are."""
     columns = [torch.randn(steps, *model.sample_shape, generator=torch.Generator().manual_seed(data.mix_seed(seed, i)))
                for i in range(columns)]
     return torch.stack(columns, 1).to(model.device)

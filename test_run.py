@@ -18,6 +18,7 @@ from PIL import Image
 import data
 import models
 import sample
+import train
 
 HERE = Path(__file__).resolve().parent
 TINY = ["--batch-size", "4", "--fake-updates", "2", "--picture-every", "4", "--save-every", "2", "--warmup", "0"]
@@ -73,7 +74,7 @@ def test_metrics_have_a_row_each_ten_iterations_with_losses_and_health(tmp_path)
 def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(finished, tmp_path):
     out = tmp_path / "run"
     assert run("train.py", "--out", out, "--iterations", 2, *TINY) == 0
-    assert run("train.py", "--resume", out, "--iterations", 4, *TINY) == 0
+    assert run("train.py", "--resume", out, "--iterations", 4) == 0  # the other flags are remembered
     resumed, undisturbed = (torch.load(folder / "state.pt", weights_only=True) for folder in (out, finished))
     assert resumed["iteration"] == undisturbed["iteration"] == 4
     for part in ("student", "fake_score", "averaged_student"):
@@ -108,12 +109,26 @@ def test_a_disk_that_fills_up_leaves_the_earlier_state(finished, tmp_path, capsy
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
-        assert run("train.py", "--resume", tmp_path / "run", "--iterations", 6, *TINY) == 2
+        assert run("train.py", "--resume", tmp_path / "run", "--iterations", 6) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "untouched" in capsys.readouterr().err
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["iteration"] == 4
     assert same_weights(weights(tmp_path / "run" / "student"), weights(finished / "student"))
+
+
+def test_a_health_figure_out_of_range_is_warned_of_once(tmp_path, capsys):
+    log = train.Log(tmp_path, teacher_std=1.0, iteration=0)
+    figures = {"std": torch.tensor(1.1), "gap": torch.tensor(0.8)}
+    for iteration in range(10, 60, 10):
+        log.add(iteration, figures, seconds=1.0)
+        log.check_health()
+    assert "warning" not in capsys.readouterr().out
+    for iteration in range(60, 400, 10):
+        log.add(iteration, figures | {"std": torch.tensor(2.5)}, seconds=1.0)
+        log.check_health()
+    printed = capsys.readouterr().out
+    assert printed.count("warning") == 1 and "over-saturates" in printed
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_a_good_student(tmp_path):
@@ -145,9 +160,10 @@ def test_sample_draws_the_grid(finished, tmp_path, capsys):
     assert picture.width > 2 * 128 and picture.height > 5 * 128
 
 
-def test_sample_is_reproducible_and_column_noise_does_not_depend_on_the_other_columns(finished):
+def test_noise_depends_on_seed_step_and_column_alone():
     model = models.load_model(data.EMOJI_TEACHER)
     torch.testing.assert_close(sample.column_noise(model, 2, 4, 7), sample.column_noise(model, 5, 4, 7)[:, :2], rtol=0, atol=0)
+    torch.testing.assert_close(sample.column_noise(model, 2, 2, 7), sample.column_noise(model, 2, 4, 7)[:2], rtol=0, atol=0)
     assert (sample.column_noise(model, 2, 4, 7) != sample.column_noise(model, 2, 4, 8)).any()
 
 
@@ -180,6 +196,18 @@ def test_student_in_plain_diffusers_draws_what_our_sampler_draws(finished):
     theirs = pipe(["cat face", "red apple"], latents=noise[0], timesteps=[999, 749, 499, 249], guidance_scale=0,
                   generator=generator, output_type="pt").images
     torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+
+
+def test_maker_of_the_teacher_resumes_and_writes_a_pipeline(tmp_path):
+    flags = ["--out", tmp_path / "teacher", "--work", tmp_path / "work", "--pictures", 6, "--batch-size", 4,
+             "--autoencoder-iterations", 2, "--narrow-iterations", 2, "--wide-iterations", 2, "--device", "cpu"]
+    assert run("make_teacher.py", *flags, "--decoder-iterations", 1) == 0
+    before = (tmp_path / "work" / "denoiser-wide.pt").stat().st_mtime_ns
+    assert run("make_teacher.py", *flags, "--decoder-iterations", 2) == 0
+    assert (tmp_path / "work" / "denoiser-wide.pt").stat().st_mtime_ns == before  # a stage that is done is not done again
+    assert torch.load(tmp_path / "work" / "decoder.pt", weights_only=True)["iteration"] == 2
+    model = models.load_model(tmp_path / "teacher")
+    assert model.sample_shape == (8, 8, 8) and model.decode(torch.zeros(1, 8, 8, 8)).shape == (1, 3, 64, 64)
 
 
 def test_embedded_teacher_is_small():
@@ -221,7 +249,7 @@ def bad_inputs():
         ("train.py", ["--out", "{tmp}/empty.txt"], "is a file"),
         ("train.py", ["--resume", "{tmp}/absent"], "no run to resume"),
         ("train.py", ["--resume", "{run}", "--seed", "3"], "seed was 0, is 3"),
-        ("train.py", ["--resume", "{tmp}/truncated", *TINY], "damaged"),
+        ("train.py", ["--resume", "{tmp}/truncated"], "damaged"),
         ("sample.py", ["--steps", "0"], "above 0"),
         ("sample.py", ["--student", "{tmp}/absent"], "no student"),
         ("sample.py", ["--student", "{tmp}"], "no student"),
@@ -272,5 +300,5 @@ def test_nothing_in_a_state_file_is_executed(finished, tmp_path, capsys):
 
     shutil.copytree(finished, tmp_path / "run")
     torch.save({"iteration": Trap()}, tmp_path / "run" / "state.pt")
-    assert run("train.py", "--resume", tmp_path / "run", "--iterations", 4, *TINY) == 2
+    assert run("train.py", "--resume", tmp_path / "run", "--iterations", 4) == 2
     assert not (tmp_path / "sprung").exists()

@@ -57,7 +57,8 @@ def parse_arguments():
     optimisation.add_argument("--ema", type=float, default=0.98, help="decay of the averaged student, a student update; 0 is none")
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", help="run directory (default: runs/VARIANT)")
-    run.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the run in DIR, or in --out")
+    run.add_argument("--resume", nargs="?", const="", metavar="DIR",
+                     help="go on with the run in DIR, or in --out, with the flags that it was started with")
     run.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -67,6 +68,9 @@ def parse_arguments():
     run.add_argument("--save-every", type=errors.positive, default=250, metavar="N")
     run.add_argument("--benchmark", type=errors.positive, metavar="N", help="time N iterations and write nothing")
     args = parser.parse_args()
+    if args.resume is not None:  # what is not said again stays as it was
+        parser.set_defaults(**fsdp.read_configuration(args.resume or args.out or f"runs/{args.variant}"))
+        args = parser.parse_args()
     if not 0 <= args.ema < 1:
         parser.error(f"argument --ema: {args.ema} is not in [0, 1)")
     if args.seed < 0 or args.warmup < 0:
@@ -171,7 +175,7 @@ def iterate(networks, prompts, iteration, args):
 class Log:
     """metrics.jsonl, the curves, and one warning a health figure when it leaves its range."""
 
-    def __init__(self, out, networks, teacher_std, iteration):
+    def __init__(self, out, teacher_std, iteration):
         self.path, self.teacher_std, self.waiting, self.warned = out / "metrics.jsonl", teacher_std, {}, set()
         rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
         self.rows = [row for row in rows if row["iteration"] <= iteration]  # of a resumed run: what its state knows of
@@ -267,7 +271,7 @@ def train(networks, prompts, config, args):
 
     # What the run is watched by.
     gallery = Gallery(out, networks, prompts, args)
-    log = Log(out, networks, gallery.x_teacher.flatten(1).std(dim=1).mean().item(), start)
+    log = Log(out, gallery.x_teacher.flatten(1).std(dim=1).mean().item(), start)
     if start == 0:
         gallery.draw(0)
     with StopAtSignal() as stop:
@@ -303,7 +307,7 @@ def loop(networks, prompts, args, out, gallery, log, start, stop):
             save(out, networks, done)
         if stop.asked and done < args.iterations:
             progress.close()
-            print(f"interrupted after {done} of {args.iterations} iterations; go on with: {resume_command(args)}")
+            print(f"interrupted after {done} of {args.iterations} iterations; go on with: python train.py --resume {out}")
             sys.exit(130)
 
 
@@ -322,13 +326,6 @@ class StopAtSignal:
     def __exit__(self, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def resume_command(args):
-    flags = [flag for flag in sys.argv[1:] if flag not in ("--overwrite", "--resume", args.resume)]
-    if "--out" in flags:
-        del flags[flags.index("--out"):flags.index("--out") + 2]
-    return " ".join(["python train.py", "--resume", args.out, *flags])
 
 
 # ---------------------------------------------------------------------------------------------------- benchmark
