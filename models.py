@@ -300,9 +300,9 @@ def load_student(path, model):
         check_same_architecture(config, model, folder)
         with quiet_libraries():
             unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+            return model.denoiser(unet).requires_grad_(False).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the student {folder} cannot be loaded: {first_line(error)}") from None
-    return model.denoiser(unet).requires_grad_(False).eval()
 
 
 def check_same_architecture(config, model, folder):

@@ -5,8 +5,8 @@
     python sample.py --prompts prompts.txt --out grid.png             # ... or a file, one prompt a line
     python sample.py --student runs/mine --steps 4 1 --guidance 5     # another run; rows for 4 and 1 student steps
 
-Rows: the teacher at --teacher-steps with guidance, the teacher at as few steps as the student (what distillation buys), then
-the student. Seconds a picture are the sampler's, decoding left out; the ratio is to the first row.
+Rows: the teacher at --teacher-steps with guidance, the teacher at the most and the fewest steps of the student (what
+distillation buys), then the student. Seconds a picture are the sampler's, decoding left out; the ratio is to the first row.
 """
 
 import time
@@ -175,7 +175,8 @@ def main():
     model, student, guidance = load_teacher_and_student(args)
     cond = model.encode(prompts)
     noise = column_noise(model, len(prompts), max(args.steps), args.seed)
-    rows = [teacher_row(model, args.teacher_steps, guidance), teacher_row(model, max(args.steps), guidance)]
+    few = sorted({max(args.steps), min(args.steps)}, reverse=True)
+    rows = [teacher_row(model, steps, guidance) for steps in (args.teacher_steps, *few)]
     rows += [student_row(model, student, steps) for steps in args.steps]
     rows[-1].draw(noise, cond)  # the first call of all is slower than the rest, and no row should pay for that
     drawn, first = [], None
