@@ -9,11 +9,17 @@ class UserError(Exception):
     """Something the user can mend."""
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        shown = action.default not in (None, False, argparse.SUPPRESS) and "default" not in (action.help or "")
+        return (action.help or "") + (" (default %(default)s)" if shown else "")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, flags in full only, and a guess at what a misspelt flag was meant to be."""
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def parse_args(self, arguments=None):
         args, unknown = self.parse_known_args(arguments)
@@ -32,6 +38,13 @@ def positive(text):
     """A whole number above 0, for argparse."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def natural(text):
+    """A whole number, 0 or above, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or above")
     return int(text)
 
 

@@ -31,7 +31,6 @@ from tqdm import tqdm
 import data
 import errors
 import fsdp
-import models
 import sample
 
 COVERAGE_WORDS = ("cat", "heart", "moon")

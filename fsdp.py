@@ -109,8 +109,8 @@ def read_configuration(out):
     """The flags that the run in `out` was started with."""
     path = Path(out) / "config.json"
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         raise UserError(f"there is no run to resume at {out}: {path} is missing or damaged") from None
 
 

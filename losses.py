@@ -25,7 +25,7 @@ def per_sample_mean(values):
 def score(x0, x_t, alpha, sigma):
     """Score of the diffused density whose posterior mean is x0: grad log p_t(x_t) = (alpha x0 - x_t) / sigma^2.
 
-    Tweedie's formula, e.g. 2311.18828 equations 4 and 5. x0, x_t (B, ...) -> (B, ...), in 1 / units of x.
+    Tweedie's formula, as used in 2311.18828. x0, x_t (B, ...) -> (B, ...), in 1 / units of x.
     Raises ValueError if the shapes differ.
     """
     check_same_shape(x0=x0, x_t=x_t)
@@ -35,7 +35,7 @@ def score(x0, x_t, alpha, sigma):
 def dmd_direction(x, x0_real, x0_fake, floor=1e-3):
     """The gradient of the reverse KL divergence with respect to the student's sample, up to a positive weight per sample.
 
-        d = (x0_fake - x0_real) / max(mean_CHW |x - x0_real|, floor)                         2311.18828, equations 7 and 8
+        d = (x0_fake - x0_real) / max(mean_CHW |x - x0_real|, floor)               2311.18828, as its released code has it
 
     With score's identity, (s_fake - s_real) alpha = (x0_fake - x0_real) alpha^2 / sigma^2: the exact gradient of
     KL(p_fake,t || p_real,t) is this numerator times alpha^2 / sigma^2, and the paper's weight replaces that factor by the
@@ -80,7 +80,7 @@ def denoising_weight(prediction, alpha, sigma):
 
 def denoising_loss(x0_pred, x, weight):
     """What the fake score is trained by: mean of weight |x0_pred - x|^2 over batch and elements, x the (detached) student
-    sample that was diffused.    2311.18828, equation 6
+    sample that was diffused.    2311.18828
 
     x0_pred, x (B, ...), weight broadcastable to them -> scalar. Raises ValueError if the shapes differ.
     """

@@ -88,7 +88,7 @@ def edm_input_scale(sigma):
 
 
 def x0_from_output(prediction, output, x_t, alpha, sigma):
-    """What a network's output says about x0. All float32: at the noisy end of SD1.5 an eps error grows 14.7-fold here."""
+    """What a network's output says about x0. All float32: at the noisy end of SD1.5 an eps error grows 14.6-fold here."""
     if prediction == "epsilon":
         return (x_t - sigma * output) / alpha
     if prediction == "v_prediction":
@@ -168,7 +168,7 @@ def deterministic_sample(x0_of, noise, timesteps, schedule):
 
 
 def rollout(student, noise, cond, timesteps):
-    """Few-step sampling with new noise before every step, for sampling and, as backward simulation (2405.14867, section 4.5),
+    """Few-step sampling with new noise before every step, for sampling and, as backward simulation (2405.14867),
     for training: predict x0, diffuse it to the next timestep, predict again.
 
     noise (steps, B, ...); cond; timesteps, noisiest first, as many as noise has. Only the last step builds a graph.

@@ -251,6 +251,7 @@ def bad_inputs():
         ("train.py", ["--resume", "{run}", "--seed", "3"], "seed was 0, is 3"),
         ("train.py", ["--resume", "{tmp}/truncated"], "damaged"),
         ("sample.py", ["--steps", "0"], "above 0"),
+        ("sample.py", ["--seed", "-1"], "--seed"),
         ("sample.py", ["--student", "{tmp}/absent"], "no student"),
         ("sample.py", ["--student", "{tmp}"], "no student"),
         ("sample.py", ["--student", "{tmp}/other"], "another architecture"),

@@ -1,6 +1,6 @@
 """Distil a diffusion teacher into a few-step student by distribution matching.
 
-    python train.py                                  # the embedded teacher, 4 steps, about ten minutes on two CPU cores
+    python train.py                                  # the embedded teacher, 4 steps, about eleven minutes on two CPU cores
     python train.py --resume                         # go on where an interrupted run was
     python train.py --out runs/one --student-steps 1 # a one-step student in a run directory of its own
     python train.py --model DIR --prompts FILE.txt   # any Stable Diffusion 1.5 pipeline in diffusers format
@@ -16,7 +16,6 @@ import math
 import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -42,17 +41,17 @@ def parse_arguments():
     parser = errors.Parser(__doc__)
     method = parser.add_argument_group("method")
     method.add_argument("--model", metavar="PATH", help="diffusers directory, hub id or .safetensors file (default: the embedded teacher)")
-    method.add_argument("--variant", choices=VARIANTS, default="dmd2")
+    method.add_argument("--variant", choices=VARIANTS, default="dmd2", help="dmd2 here is without its GAN")
     method.add_argument("--prompts", metavar="FILE", help="training prompts, one a line (default: the embedded set's captions)")
-    method.add_argument("--student-steps", type=errors.positive, default=4)
+    method.add_argument("--student-steps", type=errors.positive, default=4, help="of the few-step sampler it is trained for")
     method.add_argument("--guidance", type=errors.positive_number, default=sample.DEFAULT_GUIDANCE, help="of the teacher; 1 is none")
     method.add_argument("--fake-updates", type=errors.positive, default=5, metavar="K", help="fake-score updates a student update")
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--iterations", type=errors.positive, default=1500, help="fake-score updates in all")
     optimisation.add_argument("--batch-size", type=errors.positive, default=32, help="over all processes")
-    optimisation.add_argument("--learning-rate", type=errors.positive_number, default=1e-4)
-    optimisation.add_argument("--fake-learning-rate", type=errors.positive_number, default=1e-4)
-    optimisation.add_argument("--warmup", type=int, default=50, help="iterations until the learning rates are reached")
+    optimisation.add_argument("--learning-rate", type=errors.positive_number, default=1e-4, help="of the student")
+    optimisation.add_argument("--fake-learning-rate", type=errors.positive_number, default=1e-4, help="of the fake score")
+    optimisation.add_argument("--warmup", type=errors.natural, default=50, help="iterations until the learning rates are reached")
     optimisation.add_argument("--clip", type=errors.positive_number, default=10.0, help="largest norm of a gradient")
     optimisation.add_argument("--ema", type=float, default=0.98, help="decay of the averaged student, a student update; 0 is none")
     run = parser.add_argument_group("run")
@@ -60,12 +59,12 @@ def parse_arguments():
     run.add_argument("--resume", nargs="?", const="", metavar="DIR",
                      help="go on with the run in DIR, or in --out, with the flags that it was started with")
     run.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--seed", type=errors.natural, default=0, help="everything random follows from it")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if torch.cuda.is_available() else "float32",
                      help="of matrix products; weights and optimizers are float32")
-    run.add_argument("--picture-every", type=errors.positive, default=250, metavar="N")
-    run.add_argument("--save-every", type=errors.positive, default=250, metavar="N")
+    run.add_argument("--picture-every", type=errors.positive, default=250, metavar="N", help="iterations between pictures")
+    run.add_argument("--save-every", type=errors.positive, default=250, metavar="N", help="iterations between saves")
     run.add_argument("--benchmark", type=errors.positive, metavar="N", help="time N iterations and write nothing")
     args = parser.parse_args()
     if args.resume is not None:  # what is not said again stays as it was
@@ -73,8 +72,6 @@ def parse_arguments():
         args = parser.parse_args()
     if not 0 <= args.ema < 1:
         parser.error(f"argument --ema: {args.ema} is not in [0, 1)")
-    if args.seed < 0 or args.warmup < 0:
-        parser.error("arguments --seed and --warmup: below 0")
     if args.out and args.resume:
         parser.error("--out and --resume DIR both name a run directory: use one")
     args.out = args.resume or args.out or f"runs/{args.variant}"
@@ -274,6 +271,8 @@ def train(networks, prompts, config, args):
     log = Log(out, gallery.x_teacher.flatten(1).std(dim=1).mean().item(), start)
     if start == 0:
         gallery.draw(0)
+    elif start >= args.iterations:
+        print(f"this run has had its {start} iterations already; --iterations asks for more")
     with StopAtSignal() as stop:
         loop(networks, prompts, args, out, gallery, log, start, stop)
     print(f"pictures: {out}/pictures, curves: {out}/curves.png, student: {out}/student")
