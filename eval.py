@@ -68,6 +68,11 @@ def cell_features(pictures, cells):
     return F.adaptive_avg_pool2d(torch.cat([pictures, EDGE_WEIGHT * right, EDGE_WEIGHT * below], 1), cells).flatten(1)
 
 
+def layout(pictures):
+    """The features of the Frechet distance, (N, 3, H, W) -> (N, 80)."""
+    return 10 * cell_features(pictures, 4)
+
+
 def frechet_distance(a, b):
     """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) for features (N, D), (M, D).    1706.08500, equation 6
 
@@ -89,7 +94,7 @@ class Judge:
         self.words = [set(caption.split()) for caption in self.captions]
         self.pictures = data.emoji_pictures(128)                                       # (1453, 3, 128, 128)
         self.appearance = cell_features(centred(F.avg_pool2d(self.pictures.float() / 255, 2)), 8)
-        self.layout = cell_features(self.moved(range(len(self.captions)), seed=0), 4)
+        self.layout = layout(self.moved(range(len(self.captions)), seed=0))
 
     def moved(self, index, seed):
         """Real pictures as the teacher learnt them, at random places and sizes: (N, 3, 64, 64) in [0, 1]."""
@@ -115,16 +120,16 @@ def with_error(values):
 
 def measure(judge, pictures, prompts, coverage_pictures, seed):
     """All numbers of one row, {name: (value, standard error)}. coverage_pictures: {word: [(32, 3, 64, 64), ...]} or None."""
-    features = 10 * cell_features(pictures, 4)
+    features = layout(pictures)
     generator = torch.Generator().manual_seed(seed)
-    draws = [frechet_distance(features[torch.randint(len(features), (len(features),), generator=generator)], 10 * judge.layout)
+    draws = [frechet_distance(features[torch.randint(len(features), (len(features),), generator=generator)], judge.layout)
              for _ in range(20)]
     figures = {"alignment": with_error([index is not None for index in judge.right(pictures, prompts)])}
     if coverage_pictures:
         shares = [[len(set(judge.right(part, [word] * len(part))) - {None}) / judge.existing(word) for part in parts]
                   for word, parts in coverage_pictures.items()]
         figures["coverage"] = with_error([sum(repeat) / len(repeat) for repeat in zip(*shares)])
-    figures["frechet"] = frechet_distance(features, 10 * judge.layout), torch.tensor(draws).std().item()
+    figures["frechet"] = frechet_distance(features, judge.layout), torch.tensor(draws).std().item()
     figures["mean"] = with_error(pictures.mean((1, 2, 3)))
     figures["deviation"] = with_error(pictures.flatten(1).std(dim=1))
     return figures
@@ -200,8 +205,8 @@ def main():
     print(f"{len(prompts)} captions; coverage: {COVERAGE_REPEATS} x {COVERAGE_SAMPLES} samples of each of "
           + ", ".join(f"{word} ({judge.existing(word)} exist)" for word in COVERAGE_WORDS))
     print_table(table[1:] + table[:1])
-    report = {"model": model.name, "student": None if args.teacher_only else args.student or sample.DEFAULT_RUN, "guidance": guidance, "seed": args.seed,
-              "samples": len(prompts), "coverage_samples": COVERAGE_SAMPLES, "coverage_repeats": COVERAGE_REPEATS,
+    report = {"model": model.name, "student": None if args.teacher_only else args.student or sample.DEFAULT_RUN,
+              "guidance": guidance, "seed": args.seed, "samples": len(prompts), "coverage_samples": COVERAGE_SAMPLES, "coverage_repeats": COVERAGE_REPEATS,
               "rows": [{"label": label} | {name: {"value": value, "standard_error": error} for name, (value, error) in figures.items()}
                        for label, figures in table]}
     fsdp.replace_file(out, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))

@@ -293,6 +293,13 @@ def test_an_existing_run_is_replaced_when_asked(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["iterations"] == 1
 
 
+def test_a_state_of_something_else_is_refused(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    torch.save({"iteration": 4}, tmp_path / "run" / "state.pt")
+    assert run("train.py", "--resume", tmp_path / "run", "--iterations", 6) == 2
+    assert "no state of this run" in capsys.readouterr().err
+
+
 def test_nothing_in_a_state_file_is_executed(finished, tmp_path, capsys):
     """A pickle that would write a file when loaded plainly."""
     class Trap:

@@ -86,7 +86,11 @@ class Draws:
         self.generator = torch.Generator().manual_seed(data.mix_seed(seed, iteration))
         self.device = device
 
-    def integers(self, low, high, shape=()):
+    def step(self, steps):
+        """A plain number below `steps`, the same for all samples: it never goes to the accelerator."""
+        return int(torch.randint(steps, (), generator=self.generator))
+
+    def integers(self, low, high, shape):
         return torch.randint(low, high, shape, generator=self.generator).to(self.device)
 
     def normal(self, *shape):
@@ -158,7 +162,7 @@ def iterate(networks, prompts, iteration, args):
             group["lr"] = lr * min(1.0, (iteration + 1) / (args.warmup + 1))
 
     # Backward simulation: the student's own samples at a step of its sampler that this iteration's draw chooses.
-    step = int(draws.integers(0, len(networks.timesteps)))
+    step = draws.step(len(networks.timesteps))
     noise = draws.normal(step + 1, args.batch_size, *networks.model.sample_shape)
     with torch.set_grad_enabled(student_turn):
         x = models.rollout(networks.student, noise, cond, networks.timesteps[:step + 1])         # (B, C, H, W)
@@ -250,9 +254,12 @@ def save(out, networks, iteration):
 def restore(out, networks):
     """Put a saved state back; returns the number of iterations it has seen."""
     state = fsdp.load_state(out, networks.model.device)
-    for name, part in networks.parts().items():
-        part.load_state_dict(state[name])
-    return state["iteration"]
+    try:
+        for name, part in networks.parts().items():
+            part.load_state_dict(state[name])
+        return state["iteration"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise errors.UserError(f"{out}/state.pt is no state of this run: {models.first_line(error)}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- the loop
@@ -355,7 +362,7 @@ def benchmark(networks, prompts, args):
     def network_calls(iteration):
         draws = Draws(args.seed, iteration, device)
         prompts.draw(args.batch_size, draws.generator)
-        step = int(draws.integers(0, len(networks.timesteps)))
+        step = draws.step(len(networks.timesteps))
         student_turn = iteration % args.fake_updates == 0
         with torch.no_grad():
             for _ in range(step + (not student_turn)):
