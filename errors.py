@@ -19,7 +19,11 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, flags in full only, and a guess at what a misspelt flag was meant to be."""
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False, fromfile_prefix_chars="@")
+
+    def convert_arg_line_to_args(self, line):
+        """A recipe, `@recipes/NAME.args`: flags and values between blanks, `#` to the end of the line is a comment."""
+        return line.split("#")[0].split()
 
     def parse_args(self, arguments=None):
         args, unknown = self.parse_known_args(arguments)
@@ -57,6 +61,13 @@ def positive_number(text):
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def weight(text):
+    """A finite number, 0 or above, for argparse."""
+    if text in ("0", "0.0"):
+        return 0.0
+    return positive_number(text)
 
 
 def run(main):

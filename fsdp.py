@@ -23,6 +23,13 @@ def refuse_several_processes():
         raise UserError("training in several processes is not supported yet: start it as python train.py")
 
 
+def sum_over_processes(tensor):
+    """The tensor itself in a single process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
 def clip_gradients(module, max_norm, name):
     """Scale the gradients to a global norm of at most max_norm; returns the norm before. Raises NotFinite, before any
     optimizer has moved, so that the parameters are still the last good ones."""
@@ -44,13 +51,7 @@ def prepare_run_directory(out, resume, overwrite, bytes_needed):
             raise UserError(f"{out} holds an earlier run: go on with --resume, replace it with --overwrite, or choose another --out")
         if not (out / "config.json").is_file():
             raise UserError(f"{out} is not empty and is no run directory, so --overwrite does not touch it")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".probe"
-        probe.write_bytes(b"\0" * 65536)
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written to: {error.strerror}") from None
+    make_writable(out)
     free = shutil.disk_usage(out).free
     if free < bytes_needed:
         raise UserError(f"--out {out} has {free / 1e6:.0f} MB free, and this run needs {bytes_needed / 1e6:.0f} MB")
@@ -58,6 +59,16 @@ def prepare_run_directory(out, resume, overwrite, bytes_needed):
         for path in out.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return out
+
+
+def make_writable(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".probe"
+        probe.write_bytes(b"\0" * 65536)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written to: {error.strerror}") from None
 
 
 @contextlib.contextmanager

@@ -117,6 +117,15 @@ class Denoiser(torch.nn.Module):
             output = self.network(scaled, self.schedule.network_time[t], return_dict=False, **cond)[0]
         return x0_from_output(self.prediction, output.float(), x_t, alpha, sigma)
 
+    def x0_and_features(self, x_t, t, cond):
+        """The same, with what the network's mid block gave on the way."""
+        seen = []
+        hook = self.network.mid_block.register_forward_hook(lambda block, inputs, output: seen.append(output))
+        try:
+            return self(x_t, t, cond), seen[0]
+        finally:
+            hook.remove()
+
 
 @contextlib.contextmanager
 def compute_in(dtype, device):
@@ -137,19 +146,69 @@ def select(cond, index):
     return {name: tensor[index] for name, tensor in cond.items()}
 
 
-def cond_and_uncond_x0(teacher, x_t, t, cond, uncond):
-    """The teacher's x0 with and without the condition, in one pass over twice the batch."""
+def cond_and_uncond_x0(teacher, x_t, t, cond, uncond, guidance):
+    """The teacher's x0 with and without the condition, in one pass over twice the batch. Without guidance (scale 1) the latter
+    is not needed: the former stands for both."""
+    if guidance == 1:
+        x0_cond = teacher(x_t, t, cond)
+        return x0_cond, x0_cond
     both = {name: torch.cat([cond[name], uncond[name].expand_as(cond[name])]) for name in cond}
     t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
     return teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
 
 
-def guided_x0(teacher, x_t, t, cond, uncond, guidance):
+def guide(x0_cond, x0_uncond, guidance):
     """Classifier-free guidance. It is the same in x0, eps, v and score, which differ by maps that are linear at one x_t."""
-    if guidance == 1:
-        return teacher(x_t, t, cond)
-    x0_cond, x0_uncond = cond_and_uncond_x0(teacher, x_t, t, cond, uncond)
     return x0_uncond + guidance * (x0_cond - x0_uncond)
+
+
+def guided_x0(teacher, x_t, t, cond, uncond, guidance):
+    return guide(*cond_and_uncond_x0(teacher, x_t, t, cond, uncond, guidance), guidance)
+
+
+class GanHead(torch.nn.Module):
+    """One logit from a feature map (B, C, H, W), as in DMD2 (2405.14867): 4x4 convolutions of stride 2, each with GroupNorm and
+    SiLU, until the map is 4x4; one more convolution to 1x1; then a linear one. A map that is smaller already meets the last two."""
+
+    def __init__(self, channels, size):
+        super().__init__()
+        block = lambda kernel, **options: [torch.nn.Conv2d(channels, channels, kernel, **options),
+                                           torch.nn.GroupNorm(min(32, channels), channels), torch.nn.SiLU()]
+        layers = []
+        while size > 4:
+            layers += block(4, stride=2, padding=1)
+            size //= 2
+        self.layers = torch.nn.Sequential(*layers, *block(size), torch.nn.Conv2d(channels, 1, 1))
+
+    def forward(self, features):
+        return self.layers(features).flatten()                                         # (B,)
+
+
+def gan_head(model, uncond, seed):
+    """A head for the mid-block features of this model's network, whose shape one pass tells."""
+    with torch.no_grad():
+        _, features = model.origin.x0_and_features(torch.zeros(1, *model.sample_shape, device=model.device), 0, uncond)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GanHead(features.shape[1], features.shape[-1]).to(model.device)
+
+
+class FakeScore(torch.nn.Module):
+    """The fake score's denoiser and, for the GAN and f-distill, a head on its mid-block features, so that one pass gives both.
+    Without a head the logit is None. ratio_means is the running mean of f-distill's ratio in each time bin."""
+
+    def __init__(self, denoiser, head=None, bins=10):
+        super().__init__()
+        self.denoiser, self.head = denoiser, head
+        self.register_buffer("ratio_means", torch.ones(bins))
+
+    def forward(self, x_t, t, cond):
+        """x_t (B, C, H, W), t (B,) or an int, cond -> x0 (B, C, H, W), logit (B,), both float32."""
+        if self.head is None:
+            return self.denoiser(x_t, t, cond), None
+        x0, features = self.denoiser.x0_and_features(x_t, t, cond)
+        with compute_in(self.denoiser.dtype, x_t.device):
+            return x0, self.head(features).float()
 
 
 # ---------------------------------------------------------------------------------------------------- samplers
@@ -188,13 +247,14 @@ class Model:
     """A teacher as it lies on disk: text encoder, latents' decoder, and the network as a frozen Denoiser."""
 
     def __init__(self, name, tokenizer, text_encoder, vae, unet, scheduler, device, dtype):
-        self.name, self.device, self.dtype = name, torch.device(device), dtype
+        self.name, self.device, self.dtype, self.network_class = name, torch.device(device), dtype, type(unet)
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder.requires_grad_(False).eval().to(device, torch.float32)
         self.vae = vae.requires_grad_(False).eval().to(device, torch.float32)
         self.schedule, self.prediction = read_scheduler(scheduler, name)
         self.schedule = self.schedule.to(device)
         self.teacher = self.denoiser(unet).requires_grad_(False).eval()
+        self.origin = self.teacher  # what student and fake score start as
         self.sample_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
 
     def denoiser(self, network):
@@ -209,11 +269,20 @@ class Model:
             text = self.text_encoder(ids)[0]
         return {"encoder_hidden_states": text.float()}                                 # (B, tokens, width)
 
+    def pixels(self, x):
+        """Latents (B, C, h, w) -> pictures (B, 3, H, W) in about [-1, 1], with a graph."""
+        return self.vae.decode(x / self.vae.config.scaling_factor).sample
+
     @torch.no_grad()
     def decode(self, x):
         """Latents (B, C, h, w) -> pictures (B, 3, H, W) in [0, 1], on the CPU."""
-        parts = [self.vae.decode(part / self.vae.config.scaling_factor).sample.float().cpu() for part in x.split(64)]
+        parts = [self.pixels(part).float().cpu() for part in x.split(64)]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def latents(self, pictures):
+        """Pictures (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w)."""
+        return self.vae.encode(pictures.to(self.device)).latents * self.vae.config.scaling_factor
 
 
 def read_scheduler(scheduler, name):
@@ -229,9 +298,12 @@ def read_scheduler(scheduler, name):
 
 
 def load_model(path, device="cpu", dtype=torch.float32):
-    """A Stable Diffusion pipeline from a diffusers directory, a hub id, or one .safetensors file."""
+    """A Stable Diffusion pipeline from a diffusers directory, a hub id, or one .safetensors file; or gmm.py's plane."""
     options = dict(safety_checker=None, feature_extractor=None)
     check_device(device)
+    if str(path) in ("gmm", "gmm-imperfect"):
+        import gmm  # which itself needs this module
+        return gmm.Model(str(path), device, dtype)
     with quiet_libraries():
         from diffusers import StableDiffusionPipeline
         try:
@@ -244,6 +316,28 @@ def load_model(path, device="cpu", dtype=torch.float32):
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"the model {path} cannot be loaded: {first_line(error)}") from None
         return Model(str(path), pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.unet, pipe.scheduler, device, dtype)
+
+
+def lpips_loss(model):
+    """LPIPS (1801.03924) of the pictures of two batches of latents, the second of which needs no gradient; the target network sees
+    them enlarged to 224 pixels at least."""
+    try:
+        import lpips
+    except ImportError:
+        raise UserError("--regression lpips needs a package that is not installed: pip install lpips") from None
+    with quiet_libraries():
+        distance = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).to(model.device)
+
+    def seen(x):
+        pictures = model.pixels(x)
+        return torch.nn.functional.interpolate(pictures, size=max(224, pictures.shape[-1]), mode="bilinear", antialias=True)
+
+    def loss(x, x0_pair):
+        with torch.no_grad():
+            target = seen(x0_pair)
+        return distance(seen(x), target).mean()
+
+    return loss
 
 
 def check_device(device):
@@ -289,24 +383,24 @@ def check_model_path(path):
 
 def load_student(path, model):
     """A student's Denoiser, from a run directory (its student/) or from a diffusers UNet directory of the teacher's shape."""
-    from diffusers import UNet2DConditionModel
     folder = Path(path) / "student" if (Path(path) / "student").is_dir() else Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"there is no student at {path}: neither student/config.json nor config.json is there")
     try:
-        config = UNet2DConditionModel.load_config(folder)
-        if config.get("_class_name") != "UNet2DConditionModel":
-            raise UserError(f"{folder} holds a {config.get('_class_name')}, not a UNet2DConditionModel")
+        kind = model.network_class
+        config = kind.load_config(folder)
+        if config.get("_class_name") != kind.__name__:
+            raise UserError(f"{folder} holds a {config.get('_class_name')}, not a {kind.__name__}")
         check_same_architecture(config, model, folder)
         with quiet_libraries():
-            unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
-            return model.denoiser(unet).requires_grad_(False).eval()
+            network = kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+            return model.denoiser(network).requires_grad_(False).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the student {folder} cannot be loaded: {first_line(error)}") from None
 
 
 def check_same_architecture(config, model, folder):
-    reference = model.teacher.network.config
+    reference = model.origin.network.config
     for name, value in reference.items():
         theirs = config.get(name, value)
         same = list(theirs) == list(value) if isinstance(value, (list, tuple)) and isinstance(theirs, (list, tuple)) else theirs == value

@@ -1,13 +1,15 @@
 """Distil a diffusion teacher into a few-step student by distribution matching.
 
-    python train.py                                  # the embedded teacher, 4 steps, about eleven minutes on two CPU cores
+    python train.py                                  # DMD2 on the embedded teacher, 4 steps, minutes on two CPU cores
     python train.py --resume                         # go on where an interrupted run was
-    python train.py --out runs/one --student-steps 1 # a one-step student in a run directory of its own
+    python train.py --variant decoupled              # another paper's method: a preset of the switches below
+    python train.py --variant dmd2 --gan-weight 0    # the same with one switch changed
+    python train.py @recipes/gmm.args                # the plane, whose scores are known exactly: seconds
     python train.py --model DIR --prompts FILE.txt   # any Stable Diffusion 1.5 pipeline in diffusers format
     python train.py --benchmark 20                   # seconds an iteration, and what of them the networks take
 
 The run directory holds config.json, metrics.jsonl, curves.png, pictures/, state.pt (for --resume) and student/, the averaged
-student as a diffusers UNet.
+student as a diffusers network.
 """
 
 import copy
@@ -16,6 +18,7 @@ import math
 import signal
 import sys
 import time
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -23,11 +26,18 @@ from tqdm import tqdm
 import data
 import errors
 import fsdp
+import gmm
 import losses
 import models
 import sample
 
-VARIANTS = ("dmd2",)
+# Each paper's method as a preset of the switches; a flag on the command line overrides it.
+VARIANTS = {
+    "dmd": dict(student_steps=1, fake_updates=1, regression_weight=0.25),                          # 2311.18828
+    "dmd2": dict(gan_weight=5e-3),                                                                 # 2405.14867
+    "fdistill": dict(gan_weight=5e-3, divergence="js"),                                            # 2502.15681
+    "decoupled": dict(schedule="hybrid", normaliser="conditional"),                                # 2511.22677
+}
 LOG_EVERY = 10
 # Where the health figures of a run that goes well stay; see losses.health. std is relative to the teacher's samples.
 HEALTHY = {
@@ -37,15 +47,35 @@ HEALTHY = {
 }
 
 
-def parse_arguments():
-    parser = errors.Parser(__doc__)
+def add_method_flags(parser):
     method = parser.add_argument_group("method")
-    method.add_argument("--model", metavar="PATH", help="diffusers directory, hub id or .safetensors file (default: the embedded teacher)")
-    method.add_argument("--variant", choices=VARIANTS, default="dmd2", help="dmd2 here is without its GAN")
+    method.add_argument("--model", metavar="PATH", help="diffusers directory, hub id, .safetensors file, gmm or gmm-imperfect (default: the embedded teacher)")
     method.add_argument("--prompts", metavar="FILE", help="training prompts, one a line (default: the embedded set's captions)")
+    method.add_argument("--variant", choices=VARIANTS, default="dmd2", help="preset of the switches below")
     method.add_argument("--student-steps", type=errors.positive, default=4, help="of the few-step sampler it is trained for")
+    method.add_argument("--student-input", choices=("backward", "data"), default="backward",
+                        help="what the student is trained on: its own earlier steps, or noised real data")
     method.add_argument("--guidance", type=errors.positive_number, default=sample.DEFAULT_GUIDANCE, help="of the teacher; 1 is none")
     method.add_argument("--fake-updates", type=errors.positive, default=5, metavar="K", help="fake-score updates a student update")
+    method.add_argument("--dm-weight", type=errors.weight, default=1.0, help="of distribution matching")
+    method.add_argument("--ca-weight", type=errors.weight, default=1.0, help="of CFG augmentation")
+    method.add_argument("--schedule", choices=("coupled", "full", "constrained", "hybrid"), default="coupled",
+                        help="timesteps at which the two are read")
+    method.add_argument("--normaliser", choices=("guided", "conditional", "none"), default="guided", help="x0 of the teacher that both are normalised by")
+    method.add_argument("--normaliser-floor", type=errors.positive_number, default=1e-3)
+    method.add_argument("--divergence", choices=losses.DIVERGENCES, default="reverse-kl", help="all but reverse-kl need the GAN")
+    method.add_argument("--gan-weight", type=errors.weight, default=0.0, help="of the student's GAN loss; 0 is no GAN")
+    method.add_argument("--critic-weight", type=errors.positive_number, default=1e-2, help="of the critic's loss beside the denoising loss")
+    method.add_argument("--regression-weight", type=errors.weight, default=0.0)
+    method.add_argument("--regression", choices=("mse", "lpips"), default="mse")
+    method.add_argument("--pairs", metavar="DIR", help="for the regression: noise-image pairs made by `python data.py`")
+    method.add_argument("--mean-variance-weight", type=errors.weight, default=0.0)
+    method.add_argument("--mean-variance-target", type=float, nargs=2, metavar=("MEAN", "VARIANCE"), help="(default: that of 64 of the teacher's samples)")
+
+
+def parse_arguments(arguments=None):
+    parser = errors.Parser(__doc__)
+    add_method_flags(parser)
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--iterations", type=errors.positive, default=1500, help="fake-score updates in all")
     optimisation.add_argument("--batch-size", type=errors.positive, default=32, help="over all processes")
@@ -66,16 +96,42 @@ def parse_arguments():
     run.add_argument("--picture-every", type=errors.positive, default=250, metavar="N", help="iterations between pictures")
     run.add_argument("--save-every", type=errors.positive, default=250, metavar="N", help="iterations between saves")
     run.add_argument("--benchmark", type=errors.positive, metavar="N", help="time N iterations and write nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    parser.set_defaults(**VARIANTS[args.variant])
     if args.resume is not None:  # what is not said again stays as it was
         parser.set_defaults(**fsdp.read_configuration(args.resume or args.out or f"runs/{args.variant}"))
-        args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    check_arguments(args, parser)
+    args.out = args.resume or args.out or f"runs/{args.variant}"
+    return args
+
+
+def check_arguments(args, parser):
     if not 0 <= args.ema < 1:
         parser.error(f"argument --ema: {args.ema} is not in [0, 1)")
     if args.out and args.resume:
         parser.error("--out and --resume DIR both name a run directory: use one")
-    args.out = args.resume or args.out or f"runs/{args.variant}"
-    return args
+    if args.divergence != "reverse-kl" and args.gan_weight == 0:
+        parser.error(f"--divergence {args.divergence} reads the density ratio off the GAN's head: it needs a --gan-weight above 0")
+    if args.regression_weight > 0 and not args.pairs:
+        parser.error("--regression-weight needs noise-image pairs: make them with `python data.py --out DIR`, then name them with "
+                     "--pairs DIR, or leave the regression out with --regression-weight 0")
+    if args.mean_variance_target and args.mean_variance_target[1] <= 0:
+        parser.error(f"argument --mean-variance-target: a variance of {args.mean_variance_target[1]} is not above 0")
+
+
+@dataclass
+class Sources:
+    """What a run draws from; real data and pairs only where a switch needs them."""
+    prompts: object
+    real: object = None
+    pairs: object = None
+
+
+def open_sources(model, args):
+    prompts = data.training_prompts(args.prompts, model)
+    real = data.real_data(model) if args.gan_weight > 0 or args.student_input == "data" else None
+    return Sources(prompts, real, data.Pairs(args.pairs, model) if args.regression_weight > 0 else None)
 
 
 class Draws:
@@ -98,77 +154,160 @@ class Draws:
 
 
 class Networks:
-    """Teacher, student and fake score, all three the same network at the start, and what moves the latter two."""
+    """Teacher, student and fake score, the latter two the same at the start, and what moves them."""
 
     def __init__(self, model, args):
         self.model, self.schedule, self.teacher = model, model.schedule, model.teacher
-        self.student = copy.deepcopy(model.teacher).requires_grad_(True)
-        self.fake_score = copy.deepcopy(model.teacher).requires_grad_(True)
-        self.averaged_student = copy.deepcopy(model.teacher)
-        self.student_optimizer = torch.optim.AdamW(self.student.parameters(), lr=args.learning_rate, weight_decay=0.01)
-        self.fake_optimizer = torch.optim.AdamW(self.fake_score.parameters(), lr=args.fake_learning_rate, weight_decay=0.01)
         self.uncond = model.encode([""])
         self.timesteps = model.schedule.timesteps(args.student_steps)
+        self.student = copy.deepcopy(model.origin).requires_grad_(True)
+        self.averaged_student = copy.deepcopy(model.origin)
+        head = models.gan_head(model, self.uncond, args.seed) if args.gan_weight > 0 else None
+        self.fake_score = models.FakeScore(copy.deepcopy(model.origin), head).requires_grad_(True)
+        self.student_optimizer = torch.optim.AdamW(self.student.parameters(), lr=args.learning_rate, weight_decay=0.01)
+        self.fake_optimizer = torch.optim.AdamW(self.fake_score.parameters(), lr=args.fake_learning_rate, weight_decay=0.01)
+        self.regression_loss = models.lpips_loss(model) if args.regression == "lpips" else losses.regression_loss
 
     def parts(self):
         """All that changes, by the names it has in state.pt."""
-        return {"student": self.student.network, "fake_score": self.fake_score.network,
+        return {"student": self.student.network, "fake_score": self.fake_score,
                 "averaged_student": self.averaged_student.network,
                 "student_optimizer": self.student_optimizer, "fake_optimizer": self.fake_optimizer}
 
 
+def teacher_statistics(model, prompts, seed, count=64):
+    """[mean, variance] over all elements of the teacher's samples without guidance."""
+    noise = sample.column_noise(model, count, 1, seed)
+    texts = prompts.draw(count, torch.Generator().manual_seed(seed))
+    x = sample.teacher_row(model, min(50, len(model.schedule)), 1.0).draw(noise, model.encode(texts))
+    return [x.mean().item(), x.var().item()]
+
+
 # ---------------------------------------------------------------------------------------------------- the two steps
 
-def student_step(networks, x, cond, draws, args):
-    """Move the student so that its samples x (B, C, H, W), which carry its graph, become likelier under the teacher and
-    less likely under the fake score. Returns health figures."""
-    T = len(networks.schedule)
-    t = draws.integers(int(0.02 * T), int(0.98 * T) + 1, (len(x),))                              # (B,)
-    eps = draws.normal(*x.shape)                                                                 # (B, C, H, W)
+def draw_levels(kind, t_student, count, T, draws):
+    """Timesteps at which distribution matching and CFG augmentation are read, tau_DM and tau_CA (B,), for a student that was given
+    x_t at timestep t_student: over all levels but the outermost 2 %, or only cleaner ones than the student's input. 2511.22677"""
+    everywhere = (int(0.02 * T), int(0.98 * T) + 1)
+    cleaner = (min(everywhere[0], t_student // 2), max(min(everywhere[1], t_student), 1))
+    t_dm = draws.integers(*(cleaner if kind == "constrained" else everywhere), (count,))
+    if kind == "coupled":
+        return t_dm, t_dm
+    return t_dm, draws.integers(*(everywhere if kind == "full" else cleaner), (count,))
+
+
+def divergence_weight(fake_score, logit, t, T, divergence):
+    """h(r) of f-distill (2502.15681) with both its normalisations: r by its running mean in its time bin, h by its mean over the
+    global batch. logit, t (B,) -> (B,)."""
+    r = losses.density_ratio(logit)
+    time_bin = losses.time_bin(t, T, len(fake_score.ratio_means))
+    empty = torch.zeros_like(fake_score.ratio_means)
+    total, count = fsdp.sum_over_processes(torch.stack([empty.index_add(0, time_bin, r), empty.index_add(0, time_bin, torch.ones_like(r))]))
+    fake_score.ratio_means.copy_(losses.update_bin_means(fake_score.ratio_means, total, count))
+    h = losses.DIVERGENCES[divergence](r / fake_score.ratio_means[time_bin])
+    return h / (fsdp.sum_over_processes(h.sum()) / count.sum())
+
+
+def student_step(networks, x, t_student, cond, sources, draws, args):
+    """Move the student so that its samples x (B, C, H, W), which carry its graph and were made from timestep t_student, become
+    likelier under the teacher and less likely under the fake score. Returns health figures."""
+    schedule, T = networks.schedule, len(networks.schedule)
+
+    # Diffuse x, and ask the fake score and the teacher what it was. Gradients with respect to x are taken at free_x: they reach
+    # no network's parameters.
+    t_dm, t_ca = draw_levels(args.schedule, t_student, len(x), T, draws)                          # (B,), (B,)
+    free_x = x.detach().requires_grad_()
+    x_dm = schedule.add_noise(free_x, draws.normal(*x.shape), t_dm)                                # (B, C, H, W)
+    with torch.set_grad_enabled(args.gan_weight > 0):
+        x0_fake, logit = networks.fake_score(x_dm, t_dm, cond)                                     # (B, C, H, W), (B,)
     with torch.no_grad():
-        x_t = networks.schedule.add_noise(x, eps, t)
-        x0_real = models.guided_x0(networks.teacher, x_t, t, cond, networks.uncond, args.guidance)
-        x0_fake = networks.fake_score(x_t, t, cond)
-    direction = losses.dmd_direction(x.detach(), x0_real, x0_fake)
-    x.backward(direction / x.numel())  # the gradient of losses.surrogate_loss(x, direction)
+        scale = args.guidance if args.schedule == "coupled" or args.normaliser == "guided" else 1
+        x0_cond, x0_uncond = models.cond_and_uncond_x0(networks.teacher, x_dm, t_dm, cond, networks.uncond, scale)
+        x0_cond_ca, x0_uncond_ca = x0_cond, x0_uncond
+        if args.schedule != "coupled":
+            x_ca = schedule.add_noise(x, draws.normal(*x.shape), t_ca)
+            x0_cond_ca, x0_uncond_ca = models.cond_and_uncond_x0(networks.teacher, x_ca, t_ca, cond, networks.uncond, args.guidance)
+
+    # The direction: distribution matching and CFG augmentation. Coupled, they add up to DMD2's x0_fake - x0_guided.
+    dm = args.dm_weight * losses.dm_direction(x0_cond, x0_fake.detach())
+    ca = args.ca_weight * losses.ca_direction(x0_cond_ca, x0_uncond_ca, args.guidance)
+    if args.normaliser != "none":
+        scale = args.guidance if args.normaliser == "guided" else 1
+        dm = dm / losses.normaliser(free_x.detach(), models.guide(x0_cond, x0_uncond, scale), args.normaliser_floor)
+        ca = ca / losses.normaliser(free_x.detach(), models.guide(x0_cond_ca, x0_uncond_ca, scale), args.normaliser_floor)
+    if args.divergence != "reverse-kl":  # f-distill: weigh what was read at the very x_t and t whose ratio it is
+        h = divergence_weight(networks.fake_score, logit.detach(), t_dm, T, args.divergence).view(-1, 1, 1, 1)
+        dm, ca = h * dm, h * ca if args.schedule == "coupled" else ca
+
+    # The student's update, as a gradient with respect to x: that of losses.surrogate_loss(x, dm + ca), and of what is added.
+    gradient = (dm + ca) / x.numel()
+    if args.gan_weight > 0:
+        gradient += args.gan_weight * torch.autograd.grad(losses.gan_student_loss(logit), free_x)[0]
+    if args.mean_variance_weight > 0:
+        loss = losses.mean_variance_loss(free_x, *args.mean_variance_target)
+        gradient += args.mean_variance_weight * torch.autograd.grad(loss, free_x)[0]
+    x.backward(gradient)
+    if args.regression_weight > 0:  # on samples of its own: pairs have their own noise and prompts
+        noise, x0_pair, prompts = sources.pairs.draw(len(x), draws.generator)
+        x_pair = models.rollout(networks.student, noise[None], networks.model.encode(prompts), networks.timesteps[:1])
+        (args.regression_weight * networks.regression_loss(x_pair, x0_pair)).backward()
+
     norm = fsdp.clip_gradients(networks.student, args.clip, "student")
     networks.student_optimizer.step()
     networks.student_optimizer.zero_grad()
     with torch.no_grad():
         torch._foreach_lerp_(list(networks.averaged_student.parameters()), list(networks.student.parameters()), 1 - args.ema)
-    return {"student_grad_norm": norm, "direction": direction.abs().mean(), **losses.health(x, x0_real, x0_fake)}
+    return {"student_grad_norm": norm, "dm": dm.abs().mean(), "ca": ca.abs().mean(),
+            **losses.health(x, models.guide(x0_cond, x0_uncond, args.guidance), x0_fake)}
 
 
-def fake_score_step(networks, x, cond, draws, args):
-    """Keep the fake score a denoiser of the student's present samples x (B, C, H, W), without their graph."""
+def fake_score_step(networks, x, cond, sources, draws, args):
+    """Keep the fake score a denoiser of the student's present samples x (B, C, H, W), without their graph, and its head, where it
+    has one, a judge between them and real data."""
     t = draws.integers(0, len(networks.schedule), (len(x),))                                     # (B,)
     x_t = networks.schedule.add_noise(x, draws.normal(*x.shape), t)                              # (B, C, H, W)
-    x0_fake = networks.fake_score(x_t, t, cond)
-    loss = losses.denoising_loss(x0_fake, x, losses.denoising_weight(networks.fake_score.prediction, *networks.schedule.at(t, x)))
+    x0_fake, logit_fake = networks.fake_score(x_t, t, cond)                                      # (B, C, H, W), (B,)
+    weight = losses.denoising_weight(networks.model.prediction, *networks.schedule.at(t, x))
+    loss = losses.denoising_loss(x0_fake, x, weight)
+    figures = {"fake_loss": loss.detach()}
+    if args.gan_weight > 0:
+        x_real, prompts = sources.real.draw(len(x), draws.generator)
+        x_t_real = networks.schedule.add_noise(x_real, draws.normal(*x.shape), t)
+        _, logit_real = networks.fake_score(x_t_real, t, networks.model.encode(prompts))         # (B,)
+        loss = loss + args.critic_weight * losses.gan_critic_loss(logit_real, logit_fake)
+        figures["logit_accuracy"] = ((logit_real > 0).float().mean() + (logit_fake < 0).float().mean()) / 2
     loss.backward()
-    norm = fsdp.clip_gradients(networks.fake_score, args.clip, "fake score")
+    figures["fake_grad_norm"] = fsdp.clip_gradients(networks.fake_score, args.clip, "fake score")
     networks.fake_optimizer.step()
     networks.fake_optimizer.zero_grad()
-    return {"fake_loss": loss.detach(), "fake_grad_norm": norm}
+    return figures
 
 
-def iterate(networks, prompts, iteration, args):
+def iterate(networks, sources, iteration, args):
     """One iteration: samples of the student, every K-th time a student step on them, and always a fake-score step."""
     draws = Draws(args.seed, iteration, networks.model.device)
-    cond = networks.model.encode(prompts.draw(args.batch_size, draws.generator))
     student_turn = iteration % args.fake_updates == 0
     for optimizer, lr in ((networks.student_optimizer, args.learning_rate), (networks.fake_optimizer, args.fake_learning_rate)):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (iteration + 1) / (args.warmup + 1))
 
-    # Backward simulation: the student's own samples at a step of its sampler that this iteration's draw chooses.
+    # The student's samples at a step of its sampler that this iteration's draw chooses.
     step = draws.step(len(networks.timesteps))
-    noise = draws.normal(step + 1, args.batch_size, *networks.model.sample_shape)
-    with torch.set_grad_enabled(student_turn):
-        x = models.rollout(networks.student, noise, cond, networks.timesteps[:step + 1])         # (B, C, H, W)
+    t_student = networks.timesteps[step]
+    if args.student_input == "backward":  # backward simulation: from its own earlier steps
+        cond = networks.model.encode(sources.prompts.draw(args.batch_size, draws.generator))
+        noise = draws.normal(step + 1, args.batch_size, *networks.model.sample_shape)
+        with torch.set_grad_enabled(student_turn):
+            x = models.rollout(networks.student, noise, cond, networks.timesteps[:step + 1])     # (B, C, H, W)
+    else:
+        x_real, prompts = sources.real.draw(args.batch_size, draws.generator)
+        cond = networks.model.encode(prompts)
+        t = torch.full((args.batch_size,), t_student, device=x_real.device)
+        with torch.set_grad_enabled(student_turn):
+            x = networks.student(networks.schedule.add_noise(x_real, draws.normal(*x_real.shape), t), t, cond)
 
-    figures = student_step(networks, x, cond, draws, args) if student_turn else {}
-    return figures | fake_score_step(networks, x.detach(), cond, draws, args)
+    figures = student_step(networks, x, t_student, cond, sources, draws, args) if student_turn else {}
+    return figures | fake_score_step(networks, x.detach(), cond, sources, draws, args)
 
 
 # ---------------------------------------------------------------------------------------------------- what a run leaves behind
@@ -208,9 +347,9 @@ class Log:
                 tqdm.write(f"warning: the health figure {name} is {value:.2f}, outside [{low}, {high}]: {meaning}")
 
     def draw_curves(self):
-        names = ("fake_loss", "direction", "std", "gap", "cosine", "student_grad_norm")
-        sample.draw_curves({name: [(row["iteration"], row[name]) for row in self.rows if name in row] for name in names},
-                           self.path.parent / "curves.png")
+        names = ("fake_loss", "dm", "ca", "std", "gap", "cosine", "student_grad_norm", "logit_accuracy")
+        curves = {name: [(row["iteration"], row[name]) for row in self.rows if name in row] for name in names}
+        sample.draw_curves({name: points for name, points in curves.items() if points}, self.path.parent / "curves.png")
 
 
 class Gallery:
@@ -233,7 +372,7 @@ class Gallery:
         with torch.no_grad():
             x_t = networks.schedule.add_noise(x, self.noise[-1], torch.full((len(x),), t, device=x.device))
             x0_real = models.guided_x0(networks.teacher, x_t, t, self.cond, networks.uncond, self.args.guidance)
-            x0_fake = networks.fake_score(x_t, t, self.cond)
+            x0_fake, _ = networks.fake_score(x_t, t, self.cond)
         decode = networks.model.decode
         sample.draw_grid([self.teacher, (row.label, decode(x)), (f"teacher's x0 of it\ndiffused to t = {t}", decode(x0_real)),
                           ("fake score's x0\nof the same", decode(x0_fake))],
@@ -264,7 +403,7 @@ def restore(out, networks):
 
 # ---------------------------------------------------------------------------------------------------- the loop
 
-def train(networks, prompts, config, args):
+def train(networks, sources, config, args):
     # Where to write, and where to start.
     size = sum(p.numel() * p.element_size() for p in networks.student.parameters())
     if args.resume is not None:
@@ -274,26 +413,27 @@ def train(networks, prompts, config, args):
     fsdp.replace_file(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
     # What the run is watched by.
-    gallery = Gallery(out, networks, prompts, args)
+    kind = gmm.Gallery if isinstance(networks.model, gmm.Model) else Gallery
+    gallery = kind(out, networks, sources.prompts, args)
     log = Log(out, gallery.x_teacher.flatten(1).std(dim=1).mean().item(), start)
     if start == 0:
         gallery.draw(0)
     elif start >= args.iterations:
         print(f"this run has had its {start} iterations already; --iterations asks for more")
     with StopAtSignal() as stop:
-        loop(networks, prompts, args, out, gallery, log, start, stop)
+        loop(networks, sources, args, out, gallery, log, start, stop)
     print(f"pictures: {out}/pictures, curves: {out}/curves.png, student: {out}/student")
     print(f"sample it: python sample.py --student {out}")
 
 
-def loop(networks, prompts, args, out, gallery, log, start, stop):
+def loop(networks, sources, args, out, gallery, log, start, stop):
     began = time.perf_counter() - (log.rows[-1]["seconds"] if log.rows else 0)
     progress = tqdm(range(start, args.iterations), initial=start, total=args.iterations, desc=args.variant, unit="it")
 
     for iteration in progress:
         # Student step and fake-score step.
         try:
-            figures = iterate(networks, prompts, iteration, args)
+            figures = iterate(networks, sources, iteration, args)
             row = log.add(iteration + 1, figures, time.perf_counter() - began)
         except fsdp.NotFinite as error:
             progress.close()
@@ -336,7 +476,7 @@ class StopAtSignal:
 
 # ---------------------------------------------------------------------------------------------------- benchmark
 
-def benchmark(networks, prompts, args):
+def benchmark(networks, sources, args):
     """Time N iterations, and in turn the network calls that those same iterations cannot avoid, nothing else."""
     warm, device = 2 * args.fake_updates, networks.model.device
 
@@ -357,11 +497,11 @@ def benchmark(networks, prompts, args):
     twice = {name: torch.cat([tensor, tensor]) for name, tensor in cond.items()}
 
     def whole_iteration(iteration):
-        iterate(networks, prompts, iteration, args)
+        iterate(networks, sources, iteration, args)
 
     def network_calls(iteration):
         draws = Draws(args.seed, iteration, device)
-        prompts.draw(args.batch_size, draws.generator)
+        sources.prompts.draw(args.batch_size, draws.generator)
         step = draws.step(len(networks.timesteps))
         student_turn = iteration % args.fake_updates == 0
         with torch.no_grad():
@@ -389,15 +529,17 @@ def benchmark(networks, prompts, args):
 def main():
     args = parse_arguments()
     fsdp.refuse_several_processes()
-    prompts = data.training_prompts(args.prompts)
     model = models.load_model(args.model or data.EMOJI_TEACHER, args.device, getattr(torch, args.dtype))
     if args.student_steps > len(model.schedule):
         raise errors.UserError(f"--student-steps {args.student_steps} is more than the model's {len(model.schedule)} noise levels")
+    sources = open_sources(model, args)
+    if args.mean_variance_weight > 0 and not args.mean_variance_target:
+        args.mean_variance_target = teacher_statistics(model, sources.prompts, args.seed)
     networks = Networks(model, args)
     if args.benchmark:
-        return benchmark(networks, prompts, args)
+        return benchmark(networks, sources, args)
     unsaved = ("out", "resume", "overwrite", "benchmark")
-    train(networks, prompts, {name: value for name, value in vars(args).items() if name not in unsaved}, args)
+    train(networks, sources, {name: value for name, value in vars(args).items() if name not in unsaved}, args)
 
 
 if __name__ == "__main__":
