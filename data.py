@@ -108,16 +108,23 @@ def real_data(model):
 
 
 class EmojiData:
-    """The embedded set as its teacher learnt it: at random places and sizes, some captions without all their words."""
+    """The embedded set as its teacher learnt it: at random places and sizes, some captions without all their words. Each picture
+    has four views, whose latents are computed when they are first drawn and then kept: the encoder is what costs time."""
 
-    def __init__(self, model):
-        self.model, self.pictures = model, emoji_pictures(128)
+    def __init__(self, model, views=4):
+        self.model, self.pictures, self.views = model, emoji_pictures(128), views
         self.captions = [caption for _, caption in emoji_captions()]
+        self.known = torch.zeros(len(self.captions) * views, dtype=torch.bool)
+        self.x = torch.zeros(len(self.known), *model.sample_shape, device=model.device)
 
     def draw(self, count, generator):
-        index = torch.randint(len(self.captions), (count,), generator=generator)
-        x = self.model.latents(shift_and_scale(self.pictures[index], generator))                   # (B, C, h, w)
-        return x, [drop_words(self.captions[i], generator, empty=0.0) for i in index.tolist()]
+        view = torch.randint(len(self.known), (count,), generator=generator)
+        new = view[~self.known[view]].unique()
+        if len(new):
+            moved = [shift_and_scale(self.pictures[i // self.views, None], torch.Generator().manual_seed(mix_seed(i, 0))) for i in new.tolist()]
+            self.x[new], self.known[new] = self.model.latents(torch.cat(moved)), True
+        prompts = [drop_words(self.captions[i // self.views], generator, empty=0.0) for i in view.tolist()]
+        return self.x[view], prompts                                                               # (B, C, h, w), B prompts
 
 
 # ---------------------------------------------------------------------------------------------------- noise-image pairs

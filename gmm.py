@@ -77,7 +77,7 @@ def plane(widen=1.0, misplace=0.0):
             means.append((radius * math.cos(angle + turn), radius * math.sin(angle + turn)))
             labels.append(label)
     weights, means, labels = torch.tensor(weights), torch.tensor(means), torch.tensor(labels)
-    deviations = torch.full((len(labels),), 0.1)
+    deviations = torch.full((len(labels),), 0.14)
     scale = ((weights * (means.square().sum(1) / 2 + deviations ** 2)).sum()).sqrt()
     means, deviations = means / scale, deviations / scale
     if misplace:  # every mode in a direction of its own
@@ -204,6 +204,7 @@ def measure(mixture, x, label, x_target):
     """Figures of samples x (N, 2) with label (N,), against target samples x_target (N, 2) with the same labels; each the mean
     over the labels, whose own figures are in `per_label`.
 
+        mass      total variation distance between the weights of the label's modes and the shares of samples nearest to each
         modes     share of a label's modes that are covered: they get at least a tenth of their weight in samples
         near      share of samples within 3 deviations of one of their label's modes
         sliced    sliced Wasserstein distance to the target, 64 directions
@@ -218,7 +219,9 @@ def measure(mixture, x, label, x_target):
         distance = torch.cdist(own, mixture.means[mine]) / mixture.deviations[mine]                # (n, modes)
         nearest, share = distance.min(1), mixture.weights[mine] / mixture.weights[mine].sum()
         hits = torch.bincount(nearest.indices[nearest.values < 3], minlength=len(share)) / len(own)
-        per_label[k] = {"modes": (hits >= 0.1 * share).float().mean().item(), "near": (nearest.values < 3).float().mean().item(),
+        shares = torch.bincount(nearest.indices, minlength=len(share)) / len(own)
+        per_label[k] = {"mass": 0.5 * (shares - share).abs().sum().item(),
+                        "modes": (hits >= 0.1 * share).float().mean().item(), "near": (nearest.values < 3).float().mean().item(),
                         "sliced": sliced_wasserstein(own, target), "kl": kernel_kl(own, target),
                         "deviation": (own - target.mean(0)).square().sum(1).mean().sqrt().item()}
     figures = {name: sum(row[name] for row in per_label.values()) / LABELS for name in per_label[0]}

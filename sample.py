@@ -115,6 +115,10 @@ def draw_curves(curves, path):
     save_picture(sheet, path)
 
 
+def write_text(sheet, text, place):
+    ImageDraw.Draw(sheet).text(place, text, font=ImageFont.load_default(14), fill="black", anchor="lm")
+
+
 def save_picture(picture, path):
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

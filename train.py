@@ -493,6 +493,7 @@ def benchmark(networks, sources, args):
         return (time.perf_counter() - start) / args.benchmark
 
     x = torch.randn(args.batch_size, *networks.model.sample_shape, device=device)
+    free_x = x.clone().requires_grad_()
     cond = networks.model.encode([""] * args.batch_size)
     twice = {name: torch.cat([tensor, tensor]) for name, tensor in cond.items()}
 
@@ -502,17 +503,27 @@ def benchmark(networks, sources, args):
     def network_calls(iteration):
         draws = Draws(args.seed, iteration, device)
         sources.prompts.draw(args.batch_size, draws.generator)
-        step = draws.step(len(networks.timesteps))
+        step = draws.step(len(networks.timesteps)) if args.student_input == "backward" else 0
         student_turn = iteration % args.fake_updates == 0
         with torch.no_grad():
             for _ in range(step + (not student_turn)):
                 networks.student(x, 500, cond)
             if student_turn:
                 networks.teacher(torch.cat([x, x]) if args.guidance != 1 else x, 500, twice if args.guidance != 1 else cond)
-                networks.fake_score(x, 500, cond)
+                if args.schedule != "coupled":
+                    networks.teacher(x, 500, cond)
         if student_turn:
+            with torch.set_grad_enabled(args.gan_weight > 0):
+                _, logit = networks.fake_score(free_x, 500, cond)
+            if args.gan_weight > 0:
+                torch.autograd.grad(logit.sum(), free_x)
             networks.student(x, 500, cond).backward(x)
-        networks.fake_score(x, 500, cond).backward(x)
+        x0, logit = networks.fake_score(x, 500, cond)
+        loss = x0.sum()
+        if args.gan_weight > 0:
+            _, logit_real = networks.fake_score(x, 500, cond)
+            loss = loss + logit.sum() + logit_real.sum()
+        loss.backward()
         networks.student.zero_grad()
         networks.fake_score.zero_grad()
 

@@ -1,0 +1,399 @@
+"""The papers' claims, tried: which variant does what, with seeds and error bars.
+
+    python laboratory.py                     # every claim on the plane of gmm.py, about half an hour on two cores
+    python laboratory.py --claim 1 9         # these two
+    python laboratory.py --family emoji      # claims 1, 6, 9 and 10 on the embedded teacher, about an hour
+    python laboratory.py --list              # what is claimed, and the flags of every arm
+
+A claim compares arms, each a set of train.py's flags. Every arm has the same budget (iterations, batch, steps), the same
+sweep of the student's learning rate, and the same seeds; the learning rate with the lowest KL divergence (mean over the seeds) is
+reported. An expectation of the paper holds where the difference, seed by seed, is beyond two standard errors of its mean.
+
+Every finished run is kept in --out, so an interrupted command goes on where it was, and arms that claims share run once. The table is
+printed and written to --out/FAMILY.md, pictures lie beside it.
+"""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import errors
+import eval as evaluation
+import fsdp
+import gmm
+import losses
+import models
+import sample
+import train
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+BASE = {"gmm": f"@{RECIPES}/gmm.args", "emoji": f"@{RECIPES}/emoji-short.args"}
+LEARNING_RATES = {"gmm": ("5e-4", "2e-3"), "emoji": ("2e-4",)}
+JUDGED_BY = {"gmm": "kl", "emoji": "frechet"}  # lower is better; chooses the learning rate
+SAMPLES = 4096
+
+
+@dataclass
+class Claim:
+    """arms: name -> flags. expected: ((arm, figure), "<" or ">", (arm, figure)), what the paper leads one to expect."""
+    number: int
+    title: str
+    paper: str
+    arms: dict
+    shown: tuple
+    expected: list
+    note: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------- the claims
+
+K1, K5 = "--fake-updates 1", "--fake-updates 5"
+GAN = "--model gmm-imperfect --gan-weight 1 --critic-weight 1"
+RATIO = "--variant fdistill --student-steps 1 --gan-weight 0.03 --critic-weight 1"  # the GAN is there for the ratio, hardly for the student
+GUIDED = "--variant decoupled --student-steps 4 --guidance 1.5"
+YOUNG = "student after 20 updates"
+PAIRS = "--variant dmd --pairs {out}/pairs"
+
+
+def lower(figure, better, *worse):
+    return [((better, figure), "<", (arm, figure)) for arm in worse]
+
+
+CLAIMS = {"gmm": [
+    Claim(1, "TTUR: without regression, K = 1 is unstable or worse; K = 5 repairs it", "2405.14867: ImageNet FID 3.48 -> 2.61",
+          {"K = 1": K1, "K = 5": K5}, ("kl", "sliced", "modes", "mass"), lower("kl", "K = 5", "K = 1") + lower("mass", "K = 5", "K = 1")),
+    Claim(2, "A faster fake score's learning rate does not replace K", "2405.14867, appendix",
+          {"K = 1, fake rate x 2": K1 + " --fake-learning-rate 4e-3", "K = 1, fake rate x 5": K1 + " --fake-learning-rate 1e-2", "K = 5": K5},
+          ("kl", "sliced", "modes", "mass"), lower("kl", "K = 5", "K = 1, fake rate x 2", "K = 1, fake rate x 5")),
+    Claim(3, "Regression stabilises DMD at K = 1", "2405.14867: ImageNet FID 2.62 with it, 3.48 without",
+          {"K = 1": K1, "K = 1 + regression": PAIRS}, ("kl", "sliced", "modes", "mass"),
+          lower("kl", "K = 1 + regression", "K = 1") + lower("mass", "K = 1 + regression", "K = 1")),
+    Claim(4, "With an imperfect teacher, the GAN brings the student closer to the data than the teacher is",
+          "2405.14867: ImageNet FID 1.51, teacher's 2.32",
+          {"no GAN": "--model gmm-imperfect", "GAN": GAN}, ("sliced_data", "kl_data", "sliced_teacher_data", "kl_teacher_data"),
+          [(("GAN", "sliced_data"), "<", ("GAN", "sliced_teacher_data"))] + lower("sliced_data", "GAN", "no GAN")),
+    Claim(5, "GAN alone is worse than both together", "2405.14867: ImageNet FID 2.56 alone, 1.51 both, 2.61 no GAN",
+          {"no GAN": "--model gmm-imperfect", "GAN": GAN, "GAN alone": GAN + " --dm-weight 0 --ca-weight 0"},
+          ("kl_data", "sliced_data", "mass"), lower("kl_data", "GAN", "GAN alone") + lower("sliced_data", "GAN", "GAN alone")),
+    Claim(6, "Few steps: backward simulation beats noised real data as the student's input", "2405.14867: SDXL FID 19.32 against 20.66",
+          {"backward": "--student-steps 4", "data": "--student-steps 4 --student-input data"}, ("kl", "sliced", "mass"),
+          lower("kl", "backward", "data") + lower("sliced", "backward", "data")),
+    Claim(7, "Forward KL, Jeffreys and JS cover more modes than reverse KL, without guidance", "2502.15681: ImageNet recall .65, .66 against .65",
+          {name: f"{RATIO} --divergence {name}" for name in ("reverse-kl", "forward-kl", "jeffreys", "js")},
+          ("modes@0", "modes@1", "modes", "mass", "kl"),
+          [((name, "modes@1"), ">", ("reverse-kl", "modes@1")) for name in ("forward-kl", "jeffreys", "js")]
+          + [((name, "mass"), "<", ("reverse-kl", "mass")) for name in ("forward-kl", "jeffreys", "js")]),
+    Claim(8, "The weight h varies most for forward KL and Jeffreys, little for JS; normalising the ratio in its time bin lowers it",
+          "2502.15681, figure 4", {YOUNG: f"{RATIO} --divergence reverse-kl --iterations 100 | ratio"},
+          tuple(f"{what} {name}" for name in ("forward-kl", "jeffreys", "js") for what in ("var h raw", "var h binned", "grad noise raw", "grad noise binned", "grad noise both")),
+          [((YOUNG, "var h binned js"), "<", (YOUNG, "var h binned forward-kl")),
+           ((YOUNG, "var h binned js"), "<", (YOUNG, "var h binned jeffreys")),
+           ((YOUNG, "var h binned forward-kl"), "<", (YOUNG, "var h raw forward-kl")),
+           ((YOUNG, "grad noise binned js"), "<", (YOUNG, "grad noise binned forward-kl")),
+           ((YOUNG, "grad noise both forward-kl"), "<", (YOUNG, "grad noise binned forward-kl"))]),
+    Claim(9, "CA alone works at first, then variance grows without bound; DM alone is stable but lags; both together do best", "2511.22677",
+          {"CA alone": GUIDED + " --schedule coupled --dm-weight 0", "DM alone": GUIDED + " --schedule coupled --ca-weight 0",
+           "both": GUIDED + " --schedule coupled"}, ("kl", "kl@1", "near", "deviation", "deviation@1", "deviation@5"),
+          [(("CA alone", "deviation"), ">", ("CA alone", "deviation@5")), (("CA alone", "deviation"), ">", ("both", "deviation"))]
+          + lower("kl@1", "CA alone", "DM alone") + lower("kl", "both", "CA alone", "DM alone")),
+    Claim(10, "Schedules: hybrid is best, then constrained, then full, then coupled", "2511.22677: HPSv2.1 32.29, 31.71, 30.69, 30.61",
+          {name: f"{GUIDED} --schedule {name}" for name in ("coupled", "full", "constrained", "hybrid")}, ("kl", "sliced", "near", "modes"),
+          lower("kl", "hybrid", "constrained") + lower("kl", "constrained", "full") + lower("kl", "full", "coupled")
+          + [(("constrained", "near"), ">", ("coupled", "near")), (("hybrid", "near"), ">", ("coupled", "near"))]),
+    Claim(11, "A mean-variance KL keeps CA stable, less well than DM", "2511.22677",
+          {"CA alone": GUIDED + " --schedule coupled --dm-weight 0",
+           "CA + mean-variance": GUIDED + " --schedule coupled --dm-weight 0 --mean-variance-weight 0.1",
+           "CA + DM": GUIDED + " --schedule coupled"}, ("kl", "deviation", "near", "modes"),
+          lower("deviation", "CA + mean-variance", "CA alone") + lower("kl", "CA + DM", "CA + mean-variance")),
+    Claim(12, "DM alone converges to the unguided teacher, CA carries the guidance", "seen in later work on 2511.22677",
+          {"DM alone": GUIDED + " --schedule coupled --ca-weight 0", "both": GUIDED + " --schedule coupled"},
+          ("sliced", "sliced_unguided"),
+          [(("DM alone", "sliced_unguided"), "<", ("DM alone", "sliced")), (("both", "sliced"), "<", ("both", "sliced_unguided"))]),
+]}
+EMOJI_SCHEDULE = "--variant decoupled --gan-weight 0 --student-steps 4 --schedule"
+CLAIMS["emoji"] = [
+    Claim(1, "TTUR: without regression, K = 1 is unstable or worse; K = 5 repairs it", "2405.14867: ImageNet FID 3.48 -> 2.61",
+          {"K = 1": K1, "K = 5": K5}, ("alignment", "coverage", "frechet", "deviation"),
+          lower("frechet", "K = 5", "K = 1") + [(("K = 5", "alignment"), ">", ("K = 1", "alignment"))]),
+    Claim(6, "Few steps: backward simulation beats noised real data as the student's input", "2405.14867: SDXL FID 19.32 against 20.66",
+          {"backward": K5, "data": "--student-input data"}, ("alignment", "coverage", "frechet", "deviation"),
+          lower("frechet", "backward", "data") + [(("backward", "alignment"), ">", ("data", "alignment"))]),
+    Claim(9, "CA alone works at first, then variance grows without bound; DM alone is stable but lags; both together do best", "2511.22677",
+          {"CA alone": "--dm-weight 0", "DM alone": "--ca-weight 0", "both": K5}, ("alignment", "coverage", "frechet", "deviation", "std@1", "std@9"),
+          [(("CA alone", "std@9"), ">", ("CA alone", "std@4")), (("CA alone", "deviation"), ">", ("both", "deviation"))]
+          + [(("both", "alignment"), ">", (arm, "alignment")) for arm in ("CA alone", "DM alone")]),
+    Claim(10, "Schedules: hybrid is best, then constrained, then full, then coupled", "2511.22677: HPSv2.1 32.29, 31.71, 30.69, 30.61",
+          {name: f"{EMOJI_SCHEDULE} {name}" for name in ("coupled", "full", "constrained", "hybrid")},
+          ("alignment", "coverage", "frechet", "deviation"),
+          [(("hybrid", "alignment"), ">", (arm, "alignment")) for arm in ("constrained", "full", "coupled")] + lower("frechet", "hybrid", "coupled")),
+]
+
+
+# ---------------------------------------------------------------------------------------------------- one run
+
+def run_file(out, family, flags, rate, seed):
+    key = hashlib.sha1(json.dumps([Path(BASE[family][1:]).read_text(), flags, rate, seed]).encode()).hexdigest()[:16]
+    return out / family / f"{key}.json"
+
+
+def distil(out, family, flags, rate, seed):
+    """Train one arm with train.py's own iterations, measure it ten times on the way, and keep the figures. What follows a `|` in
+    the flags asks for the figures of the density ratio as well."""
+    torch.set_num_threads(1)
+    own_flags, _, probe = flags.format(out=out).partition("|")
+    args = train.parse_arguments(f"{BASE[family]} {own_flags} --learning-rate {rate} --seed {seed}".split())
+    model = models.load_model(args.model or data.EMOJI_TEACHER, "cpu", torch.bfloat16 if family == "emoji" else torch.float32)
+    sources = train.open_sources(model, args)
+    if args.mean_variance_weight > 0:
+        args.mean_variance_target = train.teacher_statistics(model, sources.prompts, args.seed)
+    networks = train.Networks(model, args)
+    meter = {"gmm": PlaneMeter, "emoji": EmojiMeter}[family](networks, args)
+    figures, recent = {"diverged": 0.0}, {}
+    for iteration in range(args.iterations):
+        try:
+            recent |= train.iterate(networks, sources, iteration, args)
+        except fsdp.NotFinite:
+            figures["diverged"] = 1.0
+            break
+        tenth, rest = divmod(10 * (iteration + 1), args.iterations)
+        if rest == 0:
+            figures |= {f"{name}@{tenth - 1}": value for name, value in meter.on_the_way(recent).items()}
+    figures |= meter.at_the_end()
+    if probe:
+        figures |= ratio_figures(networks, sources, args)
+    file = run_file(out, family, flags, rate, seed)
+    if seed == 0:
+        meter.keep_picture(file.with_suffix(".png"))
+    row = {"flags": flags, "learning_rate": rate, "seed": seed, "figures": figures}
+    fsdp.replace_file(file, lambda path: path.write_text(json.dumps(row, indent=1) + "\n"))
+
+
+class PlaneMeter:
+    """Figures of a student on the plane, against what its teacher draws with guidance, without, and against the data."""
+
+    def __init__(self, networks, args):
+        self.networks, self.args, model = networks, args, networks.model
+        generator = torch.Generator().manual_seed(1_000_000 + args.seed)
+        self.label = torch.arange(SAMPLES) % gmm.LABELS
+        self.cond = {"class_labels": self.label}
+        self.noise = torch.randn(args.student_steps, SAMPLES, *model.sample_shape, generator=generator)
+        self.unguided = model.mixture.draw(self.label, generator)
+        self.target, self.data = self.unguided, model.truth.draw(self.label, generator)
+        if args.guidance != 1:
+            noise = torch.randn(1, SAMPLES, *model.sample_shape, generator=generator)
+            self.target = sample.teacher_row(model, 100, args.guidance).draw(noise, self.cond)[..., 0, 0]
+
+    def draw(self):
+        return sample.student_row(self.networks.model, self.networks.averaged_student, self.args.student_steps).draw(self.noise, self.cond)[..., 0, 0]
+
+    def measure(self, x, target):
+        figures = gmm.measure(self.networks.model.mixture, x, self.label, target)
+        return {name: value for name, value in figures.items() if name != "per_label"}
+
+    def on_the_way(self, recent):
+        return self.measure(self.draw(), self.target)
+
+    def at_the_end(self):
+        x, to_data = self.draw(), {}
+        figures = self.measure(x, self.target) | {"sliced_unguided": self.measure(x, self.unguided)["sliced"]}
+        for name, points in (("", x), ("_teacher", self.unguided)):
+            against = self.measure(points, self.data)
+            to_data |= {f"{figure}{name}_data": against[figure] for figure in ("kl", "sliced")}
+        return figures | to_data
+
+    def keep_picture(self, path):
+        field = gmm.direction_field(self.networks, self.args.guidance, 333)
+        x = self.draw()[:1024].clamp(-99, 99)
+        gmm.draw_panels(self.networks.model.mixture, [("", x, self.label[:1024], None), ("", None, None, field)], path)
+
+
+def ratio_figures(networks, sources, args, catch_up=300, batches=24, batch=256):
+    """For every divergence, at the present student, which is held still while fake score and head catch up with it: variance of h over its squared mean, with r as the head gives it and with r
+    divided by its mean in its time bin; and the noise of the student's gradient, sum of variances over squared norm of the
+    mean, from batch to batch, with h as it is, with binned r, and with h divided by its batch mean as well."""
+    draws = train.Draws(args.seed, 10_000_000, networks.model.device)
+    cond = {"class_labels": torch.arange(batch) % gmm.LABELS}
+
+    def student_samples():
+        return models.rollout(networks.student, draws.normal(1, batch, *networks.model.sample_shape), cond, networks.timesteps[:1])
+
+    for _ in range(catch_up):
+        train.fake_score_step(networks, student_samples().detach(), cond, sources, draws, args)
+    T, readings = len(networks.schedule), []
+    for _ in range(batches):
+        x = student_samples()
+        t = draws.integers(int(0.02 * T), int(0.98 * T) + 1, (batch,))
+        with torch.no_grad():
+            x_t = networks.schedule.add_noise(x, draws.normal(*x.shape), t)
+            x0_fake, logit = networks.fake_score(x_t, t, cond)
+            x0_real = networks.teacher(x_t, t, cond)
+            direction = losses.dm_direction(x0_real, x0_fake) / losses.normaliser(x, x0_real, args.normaliser_floor)
+        readings.append((x, direction, losses.density_ratio(logit), losses.time_bin(t, T, 10)))
+    r, time_bin = torch.cat([reading[2] for reading in readings]), torch.cat([reading[3] for reading in readings])
+    means = torch.stack([r[time_bin == k].mean() for k in range(10)])
+    figures, parameters = {}, list(networks.student.parameters())
+    for name, h_of in losses.DIVERGENCES.items():
+        for stage, all_h in (("raw", h_of(r)), ("binned", h_of(r / means[time_bin]))):
+            figures[f"var h {stage} {name}"] = (all_h.var() / all_h.mean() ** 2).item()
+        for stage in ("raw", "binned", "both"):
+            gradients = []
+            for x, direction, ratio, k in readings:
+                h = h_of(ratio if stage == "raw" else ratio / means[k])
+                h = h / h.mean() if stage == "both" else h
+                gradient = torch.autograd.grad(x, parameters, h.view(-1, 1, 1, 1) * direction / x.numel(), retain_graph=True, allow_unused=True)
+                gradients.append(torch.cat([part.flatten() for part in gradient if part is not None]))
+            gradients = torch.stack(gradients)
+            figures[f"grad noise {stage} {name}"] = (gradients.var(0).sum() / gradients.mean(0).square().sum()).item()
+    return figures
+
+
+class EmojiMeter:
+    """eval.py's figures, on fewer samples: 100 captions, and 32 samples of each word."""
+
+    def __init__(self, networks, args):
+        self.networks, self.args, self.judge = networks, args, evaluation.Judge()
+        chosen = torch.randperm(len(self.judge.captions), generator=torch.Generator().manual_seed(args.seed))[:100]
+        self.prompts = [self.judge.captions[i] for i in chosen]
+        self.row = sample.student_row(networks.model, networks.averaged_student, args.student_steps)
+
+    def on_the_way(self, recent):
+        return {name: recent[name].item() for name in ("std", "gap")}
+
+    def at_the_end(self):
+        words = [word for word in evaluation.COVERAGE_WORDS for _ in range(evaluation.COVERAGE_SAMPLES)]
+        with tqdm(disable=True) as bar:
+            pictures = evaluation.draw(self.networks.model, self.row, self.prompts + words, self.args.student_steps, self.args.seed, bar)
+        parts = pictures[len(self.prompts):].split(evaluation.COVERAGE_SAMPLES)
+        coverage = {word: [part] for word, part in zip(evaluation.COVERAGE_WORDS, parts)}
+        figures = evaluation.measure(self.judge, pictures[:len(self.prompts)], self.prompts, coverage, self.args.seed)
+        return {name: value for name, (value, _) in figures.items()}
+
+    def keep_picture(self, path):
+        model = self.networks.model
+        noise = sample.column_noise(model, len(sample.PROMPTS), self.args.student_steps, self.args.seed)
+        pictures = model.decode(self.row.draw(noise, model.encode(sample.PROMPTS)))
+        strip = (torch.cat(list(pictures), 2).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+        sample.save_picture(Image.fromarray(strip), path)
+
+
+# ---------------------------------------------------------------------------------------------------- what came of it
+
+def mean_and_error(values):
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
+
+
+def best_runs(out, family, flags, seeds):
+    """The figures of each seed at the arm's best learning rate, and that rate."""
+    by_rate = {rate: [json.loads(run_file(out, family, flags, rate, seed).read_text())["figures"] for seed in range(seeds)]
+               for rate in LEARNING_RATES[family]}
+    rate = min(by_rate, key=lambda rate: statistics.fmean(figures[JUDGED_BY[family]] for figures in by_rate[rate]))
+    return by_rate[rate], rate
+
+
+def judge(claim, arms):
+    """[(sentence, holds), ...] for every expectation of a claim; holds is True, False (the opposite does) or None (within two
+    standard errors)."""
+    verdicts = []
+    for (arm_a, figure_a), sign, (arm_b, figure_b) in claim.expected:
+        difference = [a[figure_a] - b[figure_b] for a, b in zip(arms[arm_a][0], arms[arm_b][0])]
+        mean, error = mean_and_error(difference)
+        mean = -mean if sign == "<" else mean
+        verdicts.append((f"{figure_a} {arm_a} {sign} {figure_b + ' ' if figure_b != figure_a else ''}{arm_b}",
+                         None if not abs(mean) > 2 * error else mean > 0))
+    return verdicts
+
+
+def report(out, family, claims, seeds):
+    lines = [f"| | claim | the paper | measured, mean ± standard error over {seeds} seeds | reproduced |", "|---|---|---|---|---|"]
+    for claim in claims:
+        arms = {name: best_runs(out, family, flags, seeds) for name, flags in claim.arms.items()}
+        cells = []
+        for name, (figures, rate) in arms.items():
+            values = ", ".join(f"{figure} {mean:.3g} ± {error:.2g}" for figure in claim.shown
+                               for mean, error in [mean_and_error([row[figure] for row in figures])])
+            lost = sum(row["diverged"] for row in figures)
+            cells.append(f"**{name}** ({rate}): {values}" + (f"; {lost:.0f} diverged" if lost else ""))
+        verdicts = judge(claim, arms)
+        held = [holds for _, holds in verdicts]
+        verdict = "yes" if all(held) else "no" if not any(held) else "partly"
+        missing = [sentence + (": the opposite" if holds is False else ": not resolved") for sentence, holds in verdicts if not holds]
+        lines.append(f"| {claim.number} | {claim.title} | {claim.paper} | {'<br>'.join(cells)} | {verdict}"
+                     + (f" ({'; '.join(missing)})" if missing else "") + " |")
+        draw_claim(out, family, claim, arms)
+    text = "\n".join(lines) + "\n"
+    fsdp.replace_file(out / f"{family}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    return text
+
+
+def draw_claim(out, family, claim, arms):
+    """One row an arm, from the pictures that the runs of seed 0 kept."""
+    strips = [(name, Image.open(run_file(out, family, claim.arms[name], rate, 0).with_suffix(".png"))) for name, (_, rate) in arms.items()]
+    width, height = strips[0][1].size
+    sheet = Image.new("RGB", (180 + width, (height + 6) * len(strips)), "white")
+    for k, (name, strip) in enumerate(strips):
+        sheet.paste(strip, (180, k * (height + 6)))
+        sample.write_text(sheet, name, (8, k * (height + 6) + height // 2))
+    sample.save_picture(sheet, out / f"{family}-{claim.number}.png")
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+def parse_arguments():
+    parser = errors.Parser(__doc__)
+    parser.add_argument("--family", choices=CLAIMS, default="gmm")
+    parser.add_argument("--claim", type=errors.positive, nargs="+", metavar="N", help="(default: all)")
+    parser.add_argument("--seeds", type=errors.positive, help="(default: 5; 3 for emoji)")
+    parser.add_argument("--jobs", type=errors.positive, default=multiprocessing.cpu_count(), help="runs at a time, one core each")
+    parser.add_argument("--out", default="runs/laboratory", metavar="DIR")
+    parser.add_argument("--list", action="store_true", help="print the claims and the flags of their arms, and run nothing")
+    args = parser.parse_args()
+    known = [claim.number for claim in CLAIMS[args.family]]
+    for number in args.claim or ():
+        if number not in known:
+            parser.error(f"there is no claim {number} for {args.family}; there are {', '.join(map(str, known))}")
+    args.seeds = args.seeds or {"gmm": 5, "emoji": 3}[args.family]
+    return args
+
+
+def main():
+    args = parse_arguments()
+    claims = [claim for claim in CLAIMS[args.family] if not args.claim or claim.number in args.claim]
+    if args.list:
+        for claim in claims:
+            print(f"{claim.number}. {claim.title} ({claim.paper})")
+            for name, flags in claim.arms.items():
+                print(f"     {name}: python train.py @recipes/{Path(BASE[args.family][1:]).name} {flags.format(out=args.out).split('|')[0]}")
+        return
+    out = Path(args.out)
+    fsdp.make_writable(out / args.family)
+    if any("{out}/pairs" in flags for claim in claims for flags in claim.arms.values()):
+        model = models.load_model("gmm")
+        fsdp.make_writable(out / "pairs")
+        data.make_pairs(model, data.training_prompts(None, model), 4096, 50, 1.0, 0, out / "pairs")
+    runs = dict.fromkeys((flags, rate, seed) for seed in range(args.seeds) for claim in claims for flags in claim.arms.values()
+                         for rate in LEARNING_RATES[args.family])
+    todo = [run for run in runs if not run_file(out, args.family, *run).is_file()]
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(distil, out, args.family, *run) for run in todo]
+        try:
+            for future in tqdm(as_completed(futures), initial=len(runs) - len(todo), total=len(runs), unit="run"):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    print(report(out, args.family, claims, args.seeds))
+    print(f"table and pictures: {out}")
+
+
+if __name__ == "__main__":
+    errors.run(main)
