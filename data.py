@@ -12,6 +12,7 @@ so that the set is the same under every Python version and so that distillation,
 runs without the font.
 """
 
+import functools
 import json
 import math
 import unicodedata
@@ -210,8 +211,9 @@ def draw_emoji(character, size, font):
     return np.asarray(picture)
 
 
+@functools.cache
 def emoji_pictures(size=64):
-    """All pictures of the embedded set, uint8 (N, 3, size, size), in the order of emoji_captions()."""
+    """All pictures of the embedded set, uint8 (N, 3, size, size), in the order of emoji_captions(). Kept: do not change them."""
     font = emoji_font(size * 3 // 4)  # the widest glyph then just fits
     pictures = np.stack([draw_emoji(character, size, font) for character, _ in emoji_captions()])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()

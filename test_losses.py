@@ -8,7 +8,9 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
 import data
+import errors
 import eval as evaluation
+import gmm
 import losses
 import models
 import sample
@@ -136,48 +138,204 @@ def test_denoising_loss_is_the_error_of_the_networks_own_output(family, predicti
     torch.testing.assert_close(loss, error.square().mean())
 
 
-# ---------------------------------------------------------------------------------------------------- the DMD direction
+# ---------------------------------------------------------------------------------------------------- f-divergences and the direction
+
+F = {  # table of 2502.15681, D_f(p || q) = E_q[f(p / q)], of r and log r
+    "reverse-kl": lambda r, log_r: -log_r,
+    "softened-reverse-kl": lambda r, log_r: (r + 1) * (0.5 + 0.5 / r).log(),
+    "js": lambda r, log_r: r * log_r - (r + 1) * ((r + 1) / 2).log(),
+    "hellinger": lambda r, log_r: 1 - r.sqrt(),
+    "forward-kl": lambda r, log_r: r * log_r,
+    "jeffreys": lambda r, log_r: (r - 1) * log_r,
+}
+
+
+@pytest.mark.parametrize("divergence", losses.DIVERGENCES)
+def test_weight_is_r_squared_times_the_second_derivative(divergence):
+    r = torch.linspace(0.1, 20, 50, dtype=torch.float64, requires_grad=True)
+    first, = torch.autograd.grad(F[divergence](r, r.log()).sum(), r, create_graph=True)
+    second, = torch.autograd.grad(first.sum(), r)
+    torch.testing.assert_close(losses.DIVERGENCES[divergence](r.detach()), r.detach() ** 2 * second)
+
+
+def students(alpha, sigma):
+    """Two students of 1-D samples: a Gaussian with shift and scale, and a mixture with two shifts. For each: its parameters, its
+    density as a function of them, and the pieces (weight, mean, variance of x_t, E[dx_t / dtheta | x_t]) it is made of."""
+    def gaussian(theta):
+        return Mixture([1.0], theta[:1], theta[1:])
+
+    def mixture(theta):
+        q = Mixture([0.4, 0.6], [0.0, 0.0], [0.4, 0.2])
+        q.means = theta
+        return q
+
+    shift, scale = 0.3, 0.7
+    variance = alpha ** 2 * scale ** 2 + sigma ** 2
+    along = lambda x_t: torch.stack([alpha.expand_as(x_t), alpha * alpha * scale * (x_t - alpha * shift) / variance])
+    yield gaussian, torch.tensor([shift, scale], dtype=torch.float64), [(1.0, alpha * shift, variance, along)]
+    parts = []
+    for k, (weight, mean, deviation) in enumerate(((0.4, -0.7, 0.4), (0.6, 0.4, 0.2))):
+        along = lambda x_t, k=k: torch.stack([alpha.expand_as(x_t) * (i == k) for i in range(2)])
+        parts.append((weight, alpha * mean, alpha ** 2 * deviation ** 2 + sigma ** 2, along))
+    yield mixture, torch.tensor([-0.7, 0.4], dtype=torch.float64), parts
+
 
 @pytest.mark.parametrize("family", SCHEDULES)
 @pytest.mark.parametrize("t", T_VALUES)
-def test_dmd_direction_is_the_gradient_of_the_kl_between_diffused_densities(family, t):
-    """For a student x = shift + scale z, E[direction * denominator * alpha^2 / sigma^2 * dx/dtheta] over z and the noise is the
-    derivative of KL(student_t || teacher_t), taken here by automatic differentiation of a quadrature."""
+@pytest.mark.parametrize("divergence", losses.DIVERGENCES)
+def test_f_divergence_gradient_by_quadrature(divergence, family, t):
+    """E_q[-h(p/q) (s_p - s_q) dx_t / dtheta] is the derivative of D_f(p_t || q_t), automatic differentiation of a quadrature."""
     alpha, sigma = levels(SCHEDULES[family], t)
-    theta = torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)  # shift, scale
-    nodes, weights = gauss_hermite()
-    deviation = (alpha ** 2 * theta[1] ** 2 + sigma ** 2).sqrt()
-    u = alpha * theta[0] + deviation * nodes
-    kl = (weights * (-0.5 * nodes ** 2 - deviation.log() - 0.5 * math.log(2 * math.pi) - TEACHER.log_density(u, alpha, sigma))).sum()
-    true_gradient, = torch.autograd.grad(kl, theta)
+    for student, theta, parts in students(alpha, sigma):
+        reach = 9 * (alpha ** 2 * 1.0 + sigma ** 2).sqrt()
+        x_t = torch.linspace(-float(reach), float(reach), 20001, dtype=torch.float64)
+        width = x_t[1] - x_t[0]
+        theta = theta.clone().requires_grad_()
+        log_p, log_q = TEACHER.log_density(x_t, alpha, sigma), student(theta).log_density(x_t, alpha, sigma)
+        log_r = log_p - log_q
+        true_gradient, = torch.autograd.grad((log_q.exp() * F[divergence](log_r.exp(), log_r)).sum() * width, theta)
 
-    shift, scale = theta.detach()
-    z, eps = torch.meshgrid(nodes, nodes, indexing="ij")
-    probability = weights[:, None] * weights[None]
-    x = (shift + scale * z).reshape(-1, 1)
-    x_t = alpha * x + sigma * eps.reshape(-1, 1)
-    x0_real = TEACHER.x0(x_t, alpha, sigma)
-    x0_fake = Mixture([1.0], [shift], [scale]).x0(x_t, alpha, sigma)
-    denominator = (x - x0_real).abs().clamp(min=1e-3)
-    gradient_in_x = losses.dmd_direction(x, x0_real, x0_fake, floor=1e-3) * denominator * alpha ** 2 / sigma ** 2
-    along = [(probability.reshape(-1, 1) * gradient_in_x * dx).sum() for dx in (torch.ones_like(x), z.reshape(-1, 1))]
-    torch.testing.assert_close(torch.stack(along), true_gradient, rtol=1e-3, atol=1e-9)
-
-
-def test_dmd_direction_of_a_student_that_equals_the_teacher_is_zero():
-    x, x0 = torch.randn(2, 5, 3, 4, 4)
-    assert losses.dmd_direction(x, x0, x0).abs().max() == 0
+        q = student(theta.detach())
+        s_p = losses.score(TEACHER.x0(x_t, alpha, sigma), x_t, alpha, sigma)
+        s_q = losses.score(q.x0(x_t, alpha, sigma), x_t, alpha, sigma)
+        weighted = -losses.DIVERGENCES[divergence](log_r.detach().exp()) * (s_p - s_q)
+        gradient = torch.zeros(2, dtype=torch.float64)
+        for weight, mean, variance, along in parts:
+            density = weight * (-0.5 * (x_t - mean) ** 2 / variance).exp() / (2 * math.pi * variance) ** 0.5
+            gradient += (density * weighted * along(x_t)).sum(1) * width
+        torch.testing.assert_close(gradient, true_gradient, rtol=1e-3, atol=1e-9)
 
 
-def test_dmd_direction_is_normalised_per_sample_and_finite_without_correction():
+@pytest.mark.parametrize("divergence", losses.DIVERGENCES)
+@pytest.mark.parametrize("family, t", [("vp", 300), ("edm", 600), ("flow", 600)])
+def test_f_divergence_gradient_in_the_plane(divergence, family, t):
+    """The same for the labelled mixture of gmm.py and a student that is a Gaussian in the plane with a shift of its own."""
+    alpha, sigma = levels(SCHEDULES[family], t)
+    teacher, theta = gmm.plane(), torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+    teacher.means, teacher.deviations, teacher.log_weights = teacher.means.double(), teacher.deviations.double(), teacher.log_weights.double()
+    variance = alpha ** 2 * 0.8 ** 2 + sigma ** 2
+    line = torch.linspace(-8, 8, 501, dtype=torch.float64) * variance.sqrt()
+    x_t = torch.cartesian_prod(line, line)
+    label, area = torch.full((len(x_t),), 1), (line[1] - line[0]) ** 2
+    at = (alpha.view(1, 1), sigma.view(1, 1))
+    log_p = teacher.log_density(x_t, *at, label)
+    log_q = -0.5 * (x_t - alpha * theta).square().sum(1) / variance - (2 * math.pi * variance).log()
+    log_r = log_p - log_q
+    true_gradient, = torch.autograd.grad((log_q.exp() * F[divergence](log_r.exp(), log_r)).sum() * area, theta)
+
+    x0_fake = theta.detach() + alpha * 0.8 ** 2 / variance * (x_t - alpha * theta.detach())
+    direction = losses.dm_direction(teacher.x0(x_t, *at, label), x0_fake) * alpha / sigma ** 2  # s_fake - s_real
+    weight = log_q.detach().exp() * losses.DIVERGENCES[divergence](log_r.detach().exp())
+    gradient = (weight[:, None] * direction * alpha).sum(0) * area
+    torch.testing.assert_close(gradient, true_gradient, rtol=1e-3, atol=1e-9)
+
+
+def test_directions_add_up_to_dmd2_s_numerator():
+    torch.manual_seed(0)
+    x0_cond, x0_uncond, x0_fake = torch.randn(3, 5, 3, 4, 4)
+    guided = models.guide(x0_cond, x0_uncond, 3.0)
+    total = losses.dm_direction(x0_cond, x0_fake) + losses.ca_direction(x0_cond, x0_uncond, 3.0)
+    torch.testing.assert_close(total, x0_fake - guided)
+    assert losses.dm_direction(x0_cond, x0_cond).abs().max() == 0 and losses.ca_direction(x0_cond, x0_uncond, 1.0).abs().max() == 0
+    with pytest.raises(ValueError, match=r"x0_cond \(5, 3, 4, 4\).*x0_fake \(1, 3, 4, 4\)"):
+        losses.dm_direction(x0_cond, x0_fake[:1])
+
+
+def test_normaliser_is_one_number_a_sample_and_has_a_floor():
     x = torch.zeros(2, 1, 2, 2)
-    x0_real = torch.stack([torch.full((1, 2, 2), 4.0), torch.zeros(1, 2, 2)])
-    direction = losses.dmd_direction(x, x0_real, x0_real + 1, floor=0.5)
-    torch.testing.assert_close(direction[0], torch.full((1, 2, 2), 0.25))  # 1 / mean |0 - 4|
-    torch.testing.assert_close(direction[1], torch.full((1, 2, 2), 2.0))   # 1 / floor
-    assert losses.dmd_direction(x, x, x).isfinite().all()
-    with pytest.raises(ValueError, match=r"x \(2, 1, 2, 2\).*x0_fake \(1, 1, 2, 2\)"):
-        losses.dmd_direction(x, x, x[:1])
+    x0_real = torch.stack([torch.tensor([[[4.0, -4.0], [2.0, 6.0]]]), torch.zeros(1, 2, 2)])
+    torch.testing.assert_close(losses.normaliser(x, x0_real, 0.5), torch.tensor([4.0, 0.5]).view(2, 1, 1, 1))
+    with pytest.raises(ValueError, match="shapes differ"):
+        losses.normaliser(x, x0_real[:1], 0.5)
+
+
+def test_normalised_variance_of_the_weight_between_two_unit_gaussians():
+    """2502.15681, figure 4a: Var_q[h] / E_q[h]^2 for p = N(d, 1), q = N(0, 1), where log r = d x - d^2 / 2. In closed form it is
+    exp(d^2) - 1 for forward KL and exp(d^2 / 4) - 1 for Hellinger."""
+    x, weights = gauss_hermite(200)
+    variance = {}
+    for d in (0.5, 1.0, 2.0, 3.0):
+        r = (d * x - d ** 2 / 2).exp()
+        for name, h_of in losses.DIVERGENCES.items():
+            h = h_of(r)
+            mean = (weights * h).sum()
+            variance[name, d] = ((weights * (h - mean) ** 2).sum() / mean ** 2).item()
+        assert variance["forward-kl", d] == pytest.approx(math.exp(d ** 2) - 1, rel=1e-6)
+        assert variance["hellinger", d] == pytest.approx(math.exp(d ** 2 / 4) - 1, rel=1e-6)
+        assert variance["jeffreys", d] == pytest.approx((math.exp(d ** 2) - 1) / 4, rel=1e-6)  # h = r + 1, whose mean is 2
+        assert variance["reverse-kl", d] == pytest.approx(0, abs=1e-9)
+        assert variance["js", d] < variance["hellinger", d] * 1.5 and variance["js", d] < variance["jeffreys", d] < variance["forward-kl", d]
+    assert variance["forward-kl", 3.0] > 1000 and variance["jeffreys", 3.0] > 1000
+    assert variance["js", 3.0] < 10 and variance["hellinger", 3.0] < 10
+
+
+# ---------------------------------------------------------------------------------------------------- ratio, GAN, mean-variance
+
+def test_density_ratio_is_cut_off_on_both_sides():
+    logit = torch.tensor([-1000.0, -1.0, 0.0, 2.0, 1000.0])
+    torch.testing.assert_close(losses.density_ratio(logit), torch.tensor([0.1, math.exp(-1), 1.0, math.exp(2), 20.0]))
+
+
+def test_bin_means_move_where_something_fell_in():
+    assert losses.time_bin(torch.tensor([0, 99, 100, 550, 999]), 1000, 10).tolist() == [0, 0, 1, 5, 9]
+    means = losses.update_bin_means(torch.tensor([1.0, 1.0, 3.0]), torch.tensor([4.0, 0.0, 6.0]), torch.tensor([2.0, 0.0, 2.0]), decay=0.9)
+    torch.testing.assert_close(means, torch.tensor([1.1, 1.0, 3.0]))
+
+
+def test_gan_losses_are_binary_cross_entropy():
+    real, fake = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits
+    torch.testing.assert_close(losses.gan_critic_loss(real, fake), entropy(real, torch.ones(9)) + entropy(fake, torch.zeros(9)))
+    torch.testing.assert_close(losses.gan_student_loss(fake), entropy(fake, torch.ones(9)))
+
+
+def test_mean_variance_loss_is_the_kl_between_gaussians():
+    x = 2 + 3 * torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    flat = x.flatten(1)
+    own = torch.distributions.Normal(flat.mean(1), flat.std(1, correction=0))
+    target = torch.distributions.Normal(torch.tensor(0.075, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64))
+    torch.testing.assert_close(losses.mean_variance_loss(x, 0.075, 0.81), torch.distributions.kl_divergence(own, target).mean())
+
+
+def test_regression_loss_is_the_mean_square():
+    a, b = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(losses.regression_loss(a, b), torch.nn.functional.mse_loss(a, b))
+    with pytest.raises(ValueError, match="shapes differ"):
+        losses.regression_loss(a, b[:1])
+
+
+def test_gan_head_learns_the_log_ratio_of_two_gaussians():
+    """The head on the plane's network, trained by the critic's loss alone, against log p_t / q_t of the diffused Gaussians."""
+    model = gmm.Model("gmm")
+    fake_score = models.FakeScore(copy.deepcopy(model.origin), models.gan_head(model, model.encode([""]), 0)).requires_grad_(True)
+    optimizer = torch.optim.AdamW(fake_score.parameters(), lr=2e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
+    generator = torch.Generator().manual_seed(0)
+    mean_p, mean_q, deviation = torch.tensor([0.5, 0.0]), torch.tensor([-0.3, 0.4]), 0.6
+    cond = model.encode(["0"] * 512)
+
+    def diffused(mean, t):
+        x = mean + deviation * torch.randn(512, 2, generator=generator)
+        return model.schedule.add_noise(x[..., None, None], torch.randn(512, 2, 1, 1, generator=generator), t)
+
+    for _ in range(800):
+        t = torch.randint(1000, (512,), generator=generator)
+        _, logit_real = fake_score(diffused(mean_p, t), t, cond)
+        _, logit_fake = fake_score(diffused(mean_q, t), t, cond)
+        losses.gan_critic_loss(logit_real, logit_fake).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        decay.step()
+    for level in (50, 300, 600):
+        t = torch.full((512,), level)
+        alpha, sigma = model.schedule.alpha[level], model.schedule.sigma[level]
+        x_t = torch.cat([diffused(mean_p, t)[:256], diffused(mean_q, t)[:256]])  # half of each: where both have density
+        with torch.no_grad():
+            _, logit = fake_score(x_t, t, cond)
+        distance = lambda mean: (x_t[..., 0, 0] - alpha * mean).square().sum(1)
+        exact = (distance(mean_q) - distance(mean_p)) / (2 * (alpha ** 2 * deviation ** 2 + sigma ** 2))
+        assert (logit - exact).square().mean().sqrt() < 0.25
+        assert exact.std() < 0.3 or torch.corrcoef(torch.stack([logit, exact]))[0, 1] > 0.97
 
 
 def test_surrogate_loss_has_the_direction_as_its_gradient():
@@ -278,13 +436,17 @@ def embedded_model():
     return models.load_model(str(data.EMOJI_TEACHER))
 
 
+def setup(model, *flags):
+    """Everything a training step needs, for a batch of two, with these flags."""
+    args = train.parse_arguments(["--batch-size", "2", *flags])
+    networks = train.Networks(model, args)
+    prompts = ["cat face", "red apple"] if model.name == str(data.EMOJI_TEACHER) else ["0", "1"]
+    return networks, model.encode(prompts), train.Draws(0, 0, model.device), args
+
+
 @pytest.fixture
-def networks(embedded_model, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py", "--batch-size", "2"])
-    args = train.parse_arguments()
-    networks = train.Networks(embedded_model, args)
-    cond = embedded_model.encode(["cat face", "red apple"])
-    return networks, cond, train.Draws(0, 0, embedded_model.device), args
+def networks(embedded_model):
+    return setup(embedded_model, "--gan-weight", "0")
 
 
 def weights(module):
@@ -297,7 +459,7 @@ def moved(module, before):
 
 def test_student_and_fake_score_start_equal_to_the_teacher(networks):
     nets, *_ = networks
-    for copied in (nets.student, nets.fake_score, nets.averaged_student):
+    for copied in (nets.student, nets.fake_score.denoiser, nets.averaged_student):
         assert not moved(copied, weights(nets.teacher))
         assert all(a.data_ptr() != b.data_ptr() for a, b in zip(copied.parameters(), nets.teacher.parameters()))
 
@@ -308,7 +470,7 @@ def test_first_direction_without_guidance_is_zero(networks):
     x_t = draws.normal(2, *nets.model.sample_shape)
     with torch.no_grad():
         x0_real = models.guided_x0(nets.teacher, x_t, t, cond, nets.uncond, 1.0)
-        assert losses.dmd_direction(x_t, x0_real, nets.fake_score(x_t, t, cond)).abs().max() == 0
+        assert losses.dm_direction(x0_real, nets.fake_score(x_t, t, cond)[0]).abs().max() == 0
 
 
 def test_teacher_builds_no_graph(networks):
@@ -332,13 +494,13 @@ def test_student_step_moves_the_student_only_and_fake_score_step_the_fake_score_
     x = models.rollout(nets.student, noise, cond, nets.timesteps[:2])
     before = {name: weights(module) for name, module in
               (("teacher", nets.teacher), ("student", nets.student), ("fake", nets.fake_score), ("text", nets.model.text_encoder))}
-    train.student_step(nets, x, cond, draws, args)
+    train.student_step(nets, x, nets.timesteps[1], cond, None, draws, args)
     assert moved(nets.student, before["student"])
     assert not moved(nets.teacher, before["teacher"]) and not moved(nets.fake_score, before["fake"])
     assert all(p.grad is None for p in [*nets.fake_score.parameters(), *nets.teacher.parameters()])
 
     before["student"] = weights(nets.student)
-    train.fake_score_step(nets, x.detach(), cond, draws, args)
+    train.fake_score_step(nets, x.detach(), cond, None, draws, args)
     assert moved(nets.fake_score, before["fake"])
     assert not moved(nets.student, before["student"]) and not moved(nets.teacher, before["teacher"])
     assert not moved(nets.model.text_encoder, before["text"])
@@ -354,13 +516,13 @@ def test_student_step_follows_the_surrogate_loss(networks):
     t = replay.integers(20, 981, (2,))
     x_t = nets.schedule.add_noise(x_reference.detach(), replay.normal(*x_reference.shape), t)
     with torch.no_grad():
-        direction = losses.dmd_direction(x_reference, models.guided_x0(nets.teacher, x_t, t, cond, nets.uncond, args.guidance),
-                                         nets.fake_score(x_t, t, cond))
+        x0_real = models.guided_x0(nets.teacher, x_t, t, cond, nets.uncond, args.guidance)
+        direction = (nets.fake_score(x_t, t, cond)[0] - x0_real) / (x_reference - x0_real).abs().mean((1, 2, 3), keepdim=True)
     losses.surrogate_loss(x_reference, direction).backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in reference.parameters()])
 
     x = models.rollout(nets.student, noise, cond, nets.timesteps[:1])
-    figures = train.student_step(nets, x, cond, train.Draws(0, 7, draws.device), args)
+    figures = train.student_step(nets, x, 999, cond, None, train.Draws(0, 7, draws.device), args)
     torch.testing.assert_close(figures["student_grad_norm"], expected, rtol=1e-4, atol=0)
 
 
@@ -375,6 +537,265 @@ def test_rollout_gives_gradients_through_the_last_step_only(networks):
     ours = torch.autograd.grad(models.rollout(nets.student, noise, cond, nets.timesteps[:3]).sum(), list(nets.student.parameters()))
     for a, b in zip(ours, expected):
         torch.testing.assert_close(a, b)
+
+
+# ---------------------------------------------------------------------------------------------------- the variants
+
+@pytest.fixture(scope="module")
+def plane_model():
+    return gmm.Model("gmm")
+
+
+def gradient_in_x(model, x, t_student, *flags, sources=None):
+    """What train.student_step hands to x.backward, and what it drew: x is a leaf here, so its .grad keeps it."""
+    nets, cond, _, args = setup(model, *flags)
+    with torch.no_grad():  # a fake score that differs from the teacher, so that there is something to match
+        for parameter in nets.fake_score.denoiser.parameters():
+            parameter.mul_(0.9)
+    x = x.clone().requires_grad_()
+    train.student_step(nets, x, t_student, cond, sources, train.Draws(0, 3, model.device), args)
+    return x.grad, nets, cond, args, train.Draws(0, 3, model.device)
+
+
+@pytest.mark.parametrize("flags", [["--variant", "dmd2", "--gan-weight", "0"],
+                                   ["--variant", "decoupled", "--schedule", "coupled", "--normaliser", "guided"]], ids=["dmd2", "decoupled"])
+def test_dmd2_and_coupled_decoupled_dmd_are_the_formula_of_the_paper(embedded_model, flags):
+    x = torch.randn(2, *embedded_model.sample_shape, generator=torch.Generator().manual_seed(0))
+    gradient, nets, cond, args, replay = gradient_in_x(embedded_model, x, 749, *flags)
+    t = replay.integers(20, 981, (2,))
+    x_t = nets.schedule.add_noise(x, replay.normal(*x.shape), t)
+    with torch.no_grad():
+        x0_real = models.guided_x0(nets.teacher, x_t, t, cond, nets.uncond, args.guidance)
+        expected = (nets.fake_score(x_t, t, cond)[0] - x0_real) / (x - x0_real).abs().mean((1, 2, 3), keepdim=True) / x.numel()
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+
+
+def test_decoupled_dmd_reads_each_half_at_its_own_level_with_the_conditional_normaliser(plane_model):
+    x = torch.randn(2, 2, 1, 1, generator=torch.Generator().manual_seed(0))
+    gradient, nets, cond, args, replay = gradient_in_x(plane_model, x, 499, "--variant", "decoupled", "--guidance", "4",
+                                                       "--ca-weight", "0.7", "--dm-weight", "1.3")
+    t_dm, t_ca = replay.integers(20, 981, (2,)), replay.integers(20, 499, (2,))
+    x_dm = nets.schedule.add_noise(x, replay.normal(*x.shape), t_dm)
+    x_ca = nets.schedule.add_noise(x, replay.normal(*x.shape), t_ca)
+    with torch.no_grad():
+        real_dm, real_ca = nets.teacher(x_dm, t_dm, cond), nets.teacher(x_ca, t_ca, cond)
+        uncond_ca = nets.teacher(x_ca, t_ca, plane_model.encode(["", ""]))
+        norm_dm, norm_ca = ((x - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3) for real in (real_dm, real_ca))
+        expected = 1.3 * (nets.fake_score(x_dm, t_dm, cond)[0] - real_dm) / norm_dm - 0.7 * 3 * (real_ca - uncond_ca) / norm_ca
+    torch.testing.assert_close(gradient, expected / x.numel(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["coupled", "full", "constrained", "hybrid"])
+@pytest.mark.parametrize("t_student", [999, 749, 249, 19, 1])
+def test_drawn_levels(kind, t_student):
+    t_dm, t_ca = train.draw_levels(kind, t_student, 20000, 1000, train.Draws(0, 0, "cpu"))
+    low, high = (20, 980) if kind != "constrained" else (min(20, t_student // 2), min(980, t_student - 1))
+    assert t_dm.min() == low and t_dm.max() == high
+    assert (t_ca == t_dm).all() == (kind == "coupled" or (kind == "constrained" and t_student == 1))
+    if kind in ("constrained", "hybrid"):
+        assert t_ca.max() < t_student and t_ca.min() == min(20, t_student // 2)
+    if kind == "full":
+        assert t_ca.min() == 20 and t_ca.max() == 980 and abs(torch.corrcoef(torch.stack([t_ca, t_dm]).float())[0, 1]) < 0.05
+
+
+def test_gan_and_mean_variance_add_their_own_gradients(plane_model):
+    x = torch.randn(2, 2, 1, 1, generator=torch.Generator().manual_seed(0))
+    plain, *_ = gradient_in_x(plane_model, x, 999, "--gan-weight", "0")
+    flags = ["--gan-weight", "0.3", "--mean-variance-weight", "0.2", "--mean-variance-target", "0.1", "0.9"]
+    both, nets, cond, args, replay = gradient_in_x(plane_model, x, 999, *flags)
+    free_x, t = x.clone().requires_grad_(), replay.integers(20, 981, (2,))
+    _, logit = nets.fake_score(nets.schedule.add_noise(free_x, replay.normal(*x.shape), t), t, cond)
+    extra = 0.3 * losses.gan_student_loss(logit) + 0.2 * losses.mean_variance_loss(free_x, 0.1, 0.9)
+    torch.testing.assert_close(both - plain, torch.autograd.grad(extra, free_x)[0], rtol=1e-3, atol=1e-6)
+
+
+def test_f_distill_weighs_the_direction_by_h_at_its_own_x_t(plane_model):
+    x = torch.randn(2, 2, 1, 1, generator=torch.Generator().manual_seed(0))
+    flags = ["--variant", "fdistill", "--gan-weight", "1e-12"]
+    plain, *_ = gradient_in_x(plane_model, x, 999, *flags, "--divergence", "reverse-kl")
+    weighed, nets, cond, args, replay = gradient_in_x(plane_model, x, 999, *flags, "--divergence", "js")
+    t = replay.integers(20, 981, (2,))
+    with torch.no_grad():
+        _, logit = nets.fake_score(nets.schedule.add_noise(x, replay.normal(*x.shape), t), t, cond)
+    r = logit.exp()
+    if t[0] * 10 // 1000 == t[1] * 10 // 1000:
+        r = r / (0.9 + 0.1 * r.mean())
+    else:
+        r = r / (0.9 + 0.1 * r)
+    h = r / (r + 1)
+    torch.testing.assert_close(weighed, plain * (h / h.mean()).view(2, 1, 1, 1), rtol=1e-3, atol=1e-7)
+
+
+def test_reverse_kl_of_f_distill_is_dmd2_exactly(plane_model):
+    x = torch.randn(2, 2, 1, 1, generator=torch.Generator().manual_seed(0))
+    dmd2, *_ = gradient_in_x(plane_model, x, 999, "--variant", "dmd2", "--student-steps", "1")
+    fdistill, *_ = gradient_in_x(plane_model, x, 999, "--variant", "fdistill", "--divergence", "reverse-kl", "--student-steps", "1")
+    assert torch.equal(dmd2, fdistill)
+
+
+def weight_on_a_rank(rank, logit, t, file, out):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    fake_score = models.FakeScore(torch.nn.Identity())
+    h = train.divergence_weight(fake_score, logit.chunk(2)[rank], t.chunk(2)[rank], 1000, "forward-kl")
+    torch.save((h, fake_score.ratio_means), f"{out}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_f_distill_normalises_over_the_global_batch(tmp_path):
+    """Two processes with half of the batch each against one with all of it."""
+    logit, t = torch.randn(16, generator=torch.Generator().manual_seed(0)), torch.arange(16) * 60
+    fake_score = models.FakeScore(torch.nn.Identity())
+    h = train.divergence_weight(fake_score, logit, t, 1000, "forward-kl")
+    assert h.mean().item() == pytest.approx(1, abs=1e-6) and h.std() > 0.1
+    torch.multiprocessing.spawn(weight_on_a_rank, (logit, t, tmp_path / "meeting", tmp_path / "result"), nprocs=2)
+    (first, means), (second, _) = (torch.load(f"{tmp_path}/result.{rank}", weights_only=True) for rank in range(2))
+    torch.testing.assert_close(torch.cat([first, second]), h)
+    torch.testing.assert_close(means, fake_score.ratio_means)
+
+
+GRADIENT_CASES = {
+    "dmd2": ["--variant", "dmd2"],
+    "dmd": ["--variant", "dmd", "--pairs", "PAIRS"],
+    "fdistill": ["--variant", "fdistill"],
+    "decoupled": ["--variant", "decoupled"],
+    "gan-alone": ["--dm-weight", "0", "--ca-weight", "0", "--gan-weight", "1"],
+    "ca-gan-mean-variance": ["--dm-weight", "0", "--gan-weight", "1", "--mean-variance-weight", "1", "--mean-variance-target", "0", "1"],
+    "everything": ["--variant", "fdistill", "--schedule", "hybrid", "--normaliser", "guided", "--student-input", "data", "--mean-variance-weight", "1",
+                   "--mean-variance-target", "0", "1", "--regression-weight", "0.25", "--pairs", "PAIRS"],
+}
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES)
+def test_which_parameters_receive_a_gradient(embedded_model, case, tmp_path, monkeypatch):
+    """Every variant on the embedded teacher: the student step gives all of the student's parameters a gradient and no other, the
+    fake-score step all of the fake score's, head included, and no other."""
+    flags = [str(tmp_path) if flag == "PAIRS" else flag for flag in GRADIENT_CASES[case]]
+    if "--pairs" in flags:
+        data.make_pairs(embedded_model, data.training_prompts(None, embedded_model), 3, 2, 1.0, 0, tmp_path)
+    nets, _, _, args = setup(embedded_model, *flags)
+    sources = train.open_sources(embedded_model, args)
+    modules = {"student": nets.student, "fake score": nets.fake_score, "teacher": nets.teacher, "text": embedded_model.text_encoder,
+               "decoder": embedded_model.vae, "average": nets.averaged_student}
+    seen = []
+
+    def with_gradient():
+        return {name: {key for key, parameter in module.named_parameters() if parameter.grad is not None and parameter.grad.abs().max() > 0}
+                for name, module in modules.items()}
+
+    for optimizer in (nets.student_optimizer, nets.fake_optimizer):
+        monkeypatch.setattr(optimizer, "step", lambda: seen.append(with_gradient()))
+    train.iterate(nets, sources, 0, args)
+    everything = {name: {key for key, _ in module.named_parameters()} for name, module in modules.items()}
+    nothing = {name: set() for name in modules}
+    assert seen[0] == nothing | {"student": everything["student"]}
+    assert seen[1] == nothing | {"fake score": everything["fake score"]}
+    assert (nets.fake_score.head is None) == (args.gan_weight == 0)
+
+
+def test_the_critic_reaches_the_encoder_half_and_the_denoising_loss_not_the_head(embedded_model):
+    nets, cond, draws, args = setup(embedded_model)
+    x0, logit = nets.fake_score(draws.normal(2, *embedded_model.sample_shape), 500, cond)
+    names = [name for name, _ in nets.fake_score.named_parameters()]
+    got = lambda out: {name for name, g in zip(names, torch.autograd.grad(out.sum(), list(nets.fake_score.parameters()), retain_graph=True,
+                                                                          allow_unused=True)) if g is not None}
+    later = tuple(f"denoiser.network.{part}" for part in ("up_blocks", "conv_norm_out", "conv_out"))
+    assert got(logit) == {name for name in names if not name.startswith(later)}
+    assert got(x0) == {name for name in names if not name.startswith("head")}
+
+
+def test_regression_follows_the_pairs(plane_model, tmp_path):
+    data.make_pairs(plane_model, data.training_prompts(None, plane_model), 5, 4, 1.0, 0, tmp_path)
+    nets, cond, _, args = setup(plane_model, "--variant", "dmd", "--pairs", str(tmp_path))
+    sources, x = train.open_sources(plane_model, args), torch.randn(2, 2, 1, 1)
+    gradients = {}
+    nets.student_optimizer.step = lambda: gradients.update({name: p.grad.clone() for name, p in nets.student.named_parameters()})
+    train.student_step(nets, x.requires_grad_(), 999, cond, sources, train.Draws(0, 3, "cpu"), args)  # x is a leaf: no DM gradient reaches the student
+    replay = train.Draws(0, 3, "cpu")
+    replay.integers(20, 981, (2,)), replay.normal(2, 2, 1, 1)
+    noise, x0, prompts = sources.pairs.draw(2, replay.generator)
+    loss = 0.25 * (nets.student(noise, 999, plane_model.encode(prompts)) - x0).square().mean()
+    for (name, parameter), expected in zip(nets.student.named_parameters(), torch.autograd.grad(loss, list(nets.student.parameters()))):
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_pairs_are_the_teacher_s_deterministic_samples(plane_model, tmp_path):
+    data.make_pairs(plane_model, data.training_prompts(None, plane_model), 300, 10, 2.0, 0, tmp_path)
+    pairs = data.Pairs(tmp_path, plane_model)
+    assert len(pairs.prompts) == 300 and sorted(path.name for path in tmp_path.iterdir()) == ["00000.safetensors", "00001.safetensors"]
+    expected = sample.teacher_row(plane_model, 10, 2.0).draw(pairs.noise.float()[None], plane_model.encode(pairs.prompts))
+    torch.testing.assert_close(pairs.x0.float(), expected, atol=2e-3, rtol=2e-3)  # half precision
+    noise, x0, prompts = pairs.draw(7, torch.Generator().manual_seed(0))
+    index = [(pairs.noise.float() == row).flatten(1).all(1).nonzero().item() for row in noise]
+    assert torch.equal(pairs.x0[index].float(), x0) and [pairs.prompts[i] for i in index] == prompts
+
+
+def test_noised_real_data_as_the_student_s_input(plane_model, monkeypatch):
+    nets, _, _, args = setup(plane_model, "--student-input", "data", "--gan-weight", "0", "--student-steps", "4")
+    sources, seen = train.open_sources(plane_model, args), {}
+    real = nets.student.forward
+    monkeypatch.setattr(nets.student, "forward", lambda x_t, t, cond: seen.update(x_t=x_t, t=t, cond=cond) or real(x_t, t, cond))
+    train.iterate(nets, sources, 5, args)
+    replay = train.Draws(args.seed, 5, "cpu")
+    t = nets.timesteps[replay.step(4)]
+    x_real, prompts = sources.real.draw(2, replay.generator)
+    torch.testing.assert_close(seen["x_t"], nets.schedule.add_noise(x_real, replay.normal(*x_real.shape), torch.tensor([t, t])))
+    assert seen["t"].tolist() == [t, t] and seen["cond"]["class_labels"].tolist() == [int(prompt) for prompt in prompts]
+
+
+# ---------------------------------------------------------------------------------------------------- the plane
+
+@pytest.mark.parametrize("label", [0, 3, gmm.LABELS])
+def test_the_plane_s_denoiser_is_exact(plane_model, label):
+    """Its x0 is Tweedie's formula for the gradient of its log density, with a label and without."""
+    x_t = torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for t in T_VALUES:
+        alpha, sigma = (level.view(1, 1) for level in levels(plane_model.schedule, t))
+        free, labels = x_t.clone().requires_grad_(), torch.full((64,), label)
+        score, = torch.autograd.grad(plane_model.mixture.log_density(free, alpha, sigma, labels).sum(), free)
+        expected = (free.detach() + sigma ** 2 * score) / alpha
+        x0 = plane_model.teacher(x_t.float()[..., None, None], t, {"class_labels": labels})[..., 0, 0]
+        torch.testing.assert_close(x0.double(), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_the_plane_s_density_integrates_to_one_and_its_samples_follow_it(plane_model):
+    line = torch.linspace(-4, 4, 400)
+    grid, one = torch.cartesian_prod(line, line), torch.ones(1, 1)
+    for label in range(gmm.LABELS + 1):
+        density = plane_model.mixture.log_density(grid, one, 0.05 * one, torch.full((len(grid),), label)).exp()
+        assert (density.sum() * (line[1] - line[0]) ** 2).item() == pytest.approx(1, abs=1e-3)
+        x = plane_model.truth.draw(torch.full((20000,), label), torch.Generator().manual_seed(0))
+        mean = (density[:, None] * grid).sum(0) / density.sum()
+        torch.testing.assert_close(x.mean(0), mean, atol=0.03, rtol=0)
+
+
+def test_figures_of_exact_samples_and_of_wrong_ones(plane_model):
+    generator, label = torch.Generator().manual_seed(0), torch.arange(8000) % gmm.LABELS
+    target, exact = plane_model.truth.draw(label, generator), plane_model.truth.draw(label, generator)
+    good = gmm.measure(plane_model.mixture, exact, label, target)
+    assert good["modes"] == 1 and good["near"] > 0.97 and good["sliced"] < 0.05 and abs(good["kl"]) < 0.1 and good["mass"] < 0.03
+    assert len(good["per_label"]) == gmm.LABELS and good["per_label"][2]["modes"] == 1
+    one_mode = plane_model.mixture.means[label * 4]
+    bad = gmm.measure(plane_model.mixture, one_mode, label, target)
+    assert bad["modes"] == 0.25 and bad["mass"] == pytest.approx(0.6, abs=1e-6) and bad["near"] == 1
+    shifted = gmm.sliced_wasserstein(exact, exact + torch.tensor([0.5, 0.0]))
+    assert shifted == pytest.approx(0.5 * 2 / math.pi, abs=1e-3)  # mean of |cos| over directions
+    wide = torch.randn(20000, 2, generator=generator), 1.5 * torch.randn(20000, 2, generator=generator)
+    exact_kl = math.log((1.5 ** 2 + 0.01) / 1.01) - 1 + 1.01 / (1.5 ** 2 + 0.01)  # of the smoothed Gaussians, in two dimensions
+    assert gmm.kernel_kl(*wide) == pytest.approx(exact_kl, abs=0.06)
+
+
+def test_the_plane_s_networks_start_fitted_to_the_teacher(plane_model):
+    generator = torch.Generator().manual_seed(0)
+    label, t = torch.randint(gmm.LABELS + 1, (2000,), generator=generator), torch.randint(20, 1000, (2000,), generator=generator)
+    x_t = plane_model.schedule.add_noise(plane_model.truth.draw(label, generator)[..., None, None], torch.randn(2000, 2, 1, 1, generator=generator), t)
+    difference = plane_model.origin(x_t, t, {"class_labels": label}) - plane_model.teacher(x_t, t, {"class_labels": label})
+    assert difference.square().mean().sqrt() < 0.05
+
+
+def test_the_plane_s_prompts_are_labels(plane_model):
+    assert plane_model.encode(["0", "", "3"])["class_labels"].tolist() == [0, gmm.LABELS, 3]
+    with pytest.raises(errors.UserError, match="'cat' is no prompt of gmm"):
+        plane_model.encode(["cat"])
 
 
 # ---------------------------------------------------------------------------------------------------- the judge
