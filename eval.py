@@ -16,6 +16,8 @@ The pictures of the embedded data set are the judge, so no network has to be tru
              pictures at random places and sizes, shows what is left for a perfect model.
   mean, deviation   of the picture's values in [0, 1], averaged over pictures: over-saturation shows as a rising deviation.
 
+A run on gmm.py's plane gets that file's figures instead, from four times 4096 samples; `measure` there says what they are.
+
 Every number has a standard error: over samples for alignment, mean and deviation, over 20 bootstrap draws of the samples for the
 Frechet distance, over the three repetitions for coverage.
 """
@@ -173,40 +175,43 @@ def print_table(table):
         print(f"{label:34}{cells}")
 
 
+def measure_pictures(model, rows, args):
+    """[(label, figures), ...] of every row and of real pictures, which come last."""
+    judge = Judge()
+    shape = model.decode(torch.zeros(1, *model.sample_shape, device=model.device)).shape[1:]
+    if shape != (3, 64, 64):
+        raise errors.UserError(f"{model.name} draws {tuple(shape)} pictures; eval.py measures the embedded models' only")
+    if args.samples > len(judge.captions):
+        raise errors.UserError(f"--samples {args.samples}: the set has {len(judge.captions)} captions")
+    chosen = torch.randperm(len(judge.captions), generator=torch.Generator().manual_seed(args.seed))[:args.samples]
+    prompts = [judge.captions[i] for i in chosen]
+    words = [] if args.no_coverage else [word for word in COVERAGE_WORDS for _ in range(COVERAGE_SAMPLES * COVERAGE_REPEATS)]
+    table = []
+    with tqdm(total=len(rows) * (len(prompts) + len(words)), unit="picture") as bar:
+        for row in rows:
+            label = row.label.replace("\n", ", ")
+            bar.set_description(label)
+            pictures = draw(model, row, prompts + words, max(args.steps), args.seed, bar)
+            parts = pictures[len(prompts):].split(COVERAGE_SAMPLES)
+            coverage = {word: parts[i * COVERAGE_REPEATS:(i + 1) * COVERAGE_REPEATS] for i, word in enumerate(COVERAGE_WORDS)} if words else None
+            table.append((label, measure(judge, pictures[:len(prompts)], prompts, coverage, args.seed)))
+    table.append(("real pictures", measure(judge, judge.moved(chosen.tolist(), args.seed + 1), prompts, None, args.seed)))
+    print(f"{len(prompts)} captions; coverage: {COVERAGE_REPEATS} x {COVERAGE_SAMPLES} samples of each of "
+          + ", ".join(f"{word} ({judge.existing(word)} exist)" for word in COVERAGE_WORDS))
+    return table
+
+
 def main():
     args = parse_arguments()
     out = Path(args.out)
     if out.is_dir() or not out.parent.is_dir():
         raise errors.UserError(f"--out {out}: " + ("is a directory" if out.is_dir() else f"there is no directory {out.parent}"))
-    judge = Judge()
     model, student, guidance = sample.load_teacher_and_student(args, args.teacher_only)
-    shape = model.decode(torch.zeros(1, *model.sample_shape, device=model.device)).shape[1:]
-    if shape != (3, 64, 64):
-        raise errors.UserError(f"{model.name} draws {tuple(shape)} pictures; eval.py measures the embedded model's (3, 64, 64)")
-    generator = torch.Generator().manual_seed(args.seed)
-    if args.samples > len(judge.captions):
-        raise errors.UserError(f"--samples {args.samples}: the set has {len(judge.captions)} captions")
-    chosen = torch.randperm(len(judge.captions), generator=generator)[:args.samples]
-    prompts = [judge.captions[i] for i in chosen]
-    words = [] if args.no_coverage else [word for word in COVERAGE_WORDS for _ in range(COVERAGE_SAMPLES * COVERAGE_REPEATS)]
-
-    table = [("real pictures", measure(judge, judge.moved(chosen.tolist(), args.seed + 1), prompts, None, args.seed))]
     rows = rows_to_measure(model, student, args, guidance)
-    bar = tqdm(total=len(rows) * (len(prompts) + len(words)), unit="picture")
-    for row in rows:
-        label = row.label.replace("\n", ", ")
-        bar.set_description(label)
-        pictures = draw(model, row, prompts + words, max(args.steps), args.seed, bar)
-        parts = pictures[len(prompts):].split(COVERAGE_SAMPLES)
-        coverage = {word: parts[i * COVERAGE_REPEATS:(i + 1) * COVERAGE_REPEATS] for i, word in enumerate(COVERAGE_WORDS)} if words else None
-        table.append((label, measure(judge, pictures[:len(prompts)], prompts, coverage, args.seed)))
-    bar.close()
-
-    print(f"{len(prompts)} captions; coverage: {COVERAGE_REPEATS} x {COVERAGE_SAMPLES} samples of each of "
-          + ", ".join(f"{word} ({judge.existing(word)} exist)" for word in COVERAGE_WORDS))
-    print_table(table[1:] + table[:1])
+    table = model.measure_rows(rows, guidance, max(args.steps), args.seed) if hasattr(model, "measure_rows") else measure_pictures(model, rows, args)
+    print_table(table)
     report = {"model": model.name, "student": None if args.teacher_only else args.student or sample.DEFAULT_RUN,
-              "guidance": guidance, "seed": args.seed, "samples": len(prompts), "coverage_samples": COVERAGE_SAMPLES, "coverage_repeats": COVERAGE_REPEATS,
+              "guidance": guidance, "seed": args.seed, "samples": args.samples, "coverage_samples": COVERAGE_SAMPLES, "coverage_repeats": COVERAGE_REPEATS,
               "rows": [{"label": label} | {name: {"value": value, "standard_error": error} for name, (value, error) in figures.items()}
                        for label, figures in table]}
     fsdp.replace_file(out, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))

@@ -14,6 +14,7 @@ a trained one's are.
 
 import functools
 import math
+import statistics
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -161,6 +162,7 @@ class Model:
     network_class = PointNetwork
     sample_shape = (2, 1, 1)
     prompts = [str(label) for label in range(LABELS)]
+    sample_prompts = prompts * 256
 
     def __init__(self, name, device="cpu", dtype=torch.float32):
         self.name, self.device, self.dtype = name, torch.device(device), dtype
@@ -184,6 +186,33 @@ class Model:
 
     def real_data(self):
         return RealPoints(self)
+
+    def measure_rows(self, rows, guidance, max_steps, seed, repeats=4, count=4096):
+        """eval.py's table: `measure` against the teacher with guidance (100 steps of its sampler; exact samples without), the mean and
+        standard error of four times 4096 samples, and for comparison other samples of that target."""
+        label = torch.arange(count, device=self.device) % LABELS
+        cond, table = {"class_labels": label}, {row.label.replace("\n", ", "): [] for row in rows} | {"target": []}
+        for repeat in range(repeats):
+            generator = torch.Generator().manual_seed(data.mix_seed(seed, repeat))
+            noise = torch.randn(max_steps, count, *self.sample_shape, generator=generator).to(self.device)
+            target, again = (self.target(label, guidance, generator) for _ in range(2))
+            for row in rows:
+                table[row.label.replace("\n", ", ")].append(measure(self.mixture, row.draw(noise, cond)[..., 0, 0], label, target))
+            table["target"].append(measure(self.mixture, again, label, target))
+        names = [name for name in table["target"][0] if name != "per_label"]
+        return [(title, {name: mean_and_error([figures[name] for figures in repeated]) for name in names}) for title, repeated in table.items()]
+
+    def target(self, label, guidance, generator):
+        """Samples (B, 2) of what a student should draw."""
+        if guidance == 1:
+            return self.mixture.draw(label, generator).to(self.device)
+        noise = torch.randn(1, len(label), *self.sample_shape, generator=generator).to(self.device)
+        return sample.teacher_row(self, 100, guidance).draw(noise, {"class_labels": label})[..., 0, 0]
+
+    def draw_rows(self, rows, prompts, path):
+        """sample.py's picture: [(label, x (B, 2, 1, 1)), ...] as clouds side by side."""
+        labels = self.encode(prompts)["class_labels"]
+        draw_panels(self.mixture, [(title.split("\n")[0], x[..., 0, 0], labels, None) for title, x in rows], path)
 
 
 class RealPoints:
@@ -226,6 +255,10 @@ def measure(mixture, x, label, x_target):
                         "deviation": (own - target.mean(0)).square().sum(1).mean().sqrt().item()}
     figures = {name: sum(row[name] for row in per_label.values()) / LABELS for name in per_label[0]}
     return figures | {"per_label": per_label}
+
+
+def mean_and_error(values):
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
 
 
 def sliced_wasserstein(a, b, directions=64):

@@ -163,7 +163,7 @@ def load_teacher_and_student(args, teacher_only=False):
 def parse_arguments():
     parser = errors.Parser(__doc__)
     add_common_flags(parser)
-    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="prompts in quotes, or one .txt file with a prompt a line")
+    parser.add_argument("--prompts", nargs="+", help="prompts in quotes, or one .txt file with a prompt a line")
     parser.add_argument("--out", default="samples.png", metavar="FILE")
     return parser.parse_args()
 
@@ -189,10 +189,11 @@ def timed(row, noise, cond):
 
 def main():
     args = parse_arguments()
-    prompts = chosen_prompts(args.prompts)
+    chosen = chosen_prompts(args.prompts) if args.prompts else None
     if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out {args.out} should end in .png, .jpg or .webp")
     model, student, guidance = load_teacher_and_student(args)
+    prompts = chosen or getattr(model, "sample_prompts", PROMPTS)
     cond = model.encode(prompts)
     noise = column_noise(model, len(prompts), max(args.steps), args.seed)
     few = sorted({max(args.steps), min(args.steps)}, reverse=True)
@@ -206,8 +207,11 @@ def main():
         first = first or seconds
         label = f"{row.label}\n{seconds * 1000:.{0 if seconds > 0.02 else 1}f} ms a picture\n{first / seconds:.3g} x the speed"
         print(label.replace("\n", ", "))
-        drawn.append((label, model.decode(x0)))
-    draw_grid(drawn, prompts, args.out)
+        drawn.append((label, x0))
+    if hasattr(model, "draw_rows"):  # the plane: clouds of points
+        model.draw_rows(drawn, prompts, args.out)
+    else:
+        draw_grid([(label, model.decode(x0)) for label, x0 in drawn], prompts, args.out)
     print(f"pictures: {args.out}")
 
 

@@ -16,12 +16,13 @@ from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionMode
 from PIL import Image
 
 import data
+import laboratory
 import models
 import sample
 import train
 
 HERE = Path(__file__).resolve().parent
-TINY = ["--batch-size", "4", "--fake-updates", "2", "--picture-every", "4", "--save-every", "2", "--warmup", "0"]
+TINY = ["--gan-weight", "0", "--batch-size", "4", "--fake-updates", "2", "--picture-every", "4", "--save-every", "2", "--warmup", "0"]
 
 
 def run(script, *arguments):
@@ -67,7 +68,7 @@ def test_metrics_have_a_row_each_ten_iterations_with_losses_and_health(tmp_path)
     assert run("train.py", "--out", tmp_path / "run", "--iterations", 10, *TINY) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [10]
-    assert {"fake_loss", "fake_grad_norm", "student_grad_norm", "direction", "std", "gap", "cosine", "seconds"} <= rows[0].keys()
+    assert {"fake_loss", "fake_grad_norm", "student_grad_norm", "dm", "ca", "std", "gap", "cosine", "seconds"} <= rows[0].keys()
     assert all(math.isfinite(value) for value in rows[0].values()) and 0.3 < rows[0]["std"] < 3
 
 
@@ -82,6 +83,94 @@ def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(finished, tmp_path):
     for part in ("student_optimizer", "fake_optimizer"):
         for a, b in zip(resumed[part]["state"].values(), undisturbed[part]["state"].values()):
             assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+PLANE = ["--model", "gmm", "--batch-size", "8", "--fake-updates", "2", "--picture-every", "4", "--save-every", "2", "--warmup", "0"]
+
+
+@pytest.fixture(scope="module")
+def plane_pairs(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pairs") / "plane"
+    assert run("data.py", "--model", "gmm", "--out", out, "--count", 300, "--steps", 4, "--guidance", 1) == 0
+    return out
+
+
+@pytest.mark.parametrize("flags", [["--variant", "dmd", "--pairs", "PAIRS"], ["--variant", "dmd2"], ["--variant", "fdistill"],
+                                   ["--variant", "decoupled", "--mean-variance-weight", "0.1"],
+                                   ["--variant", "decoupled", "--gan-weight", "0.1", "--student-input", "data", "--student-steps", "2"],
+                                   ["--variant", "fdistill", "--divergence", "jeffreys", "--schedule", "full", "--normaliser", "none"]],
+                         ids=lambda flags: "-".join(flags[1::2]))
+def test_every_variant_runs_and_resumes_bit_for_bit(flags, plane_pairs, tmp_path):
+    flags = [str(plane_pairs) if flag == "PAIRS" else flag for flag in flags]
+    assert run("train.py", "--out", tmp_path / "whole", "--iterations", 4, *PLANE, *flags) == 0
+    assert run("train.py", "--out", tmp_path / "parts", "--iterations", 2, *PLANE, *flags) == 0
+    assert run("train.py", "--resume", tmp_path / "parts", "--iterations", 4) == 0
+    whole, parts = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts"))
+    for part in ("student", "fake_score", "averaged_student"):  # the fake score with its head and f-distill's running means
+        assert same_weights(whole[part], parts[part])
+    assert any(name.startswith("head") for name in whole["fake_score"]) == ("dmd" not in flags and (flags[1] != "decoupled" or "--gan-weight" in flags))
+    assert (whole["fake_score"]["ratio_means"] != 1).any() == (flags[1] == "fdistill")
+
+
+def test_dmd2_with_its_gan_on_the_embedded_teacher(tmp_path, capsys):
+    flags = ["--batch-size", "4", "--fake-updates", "2", "--warmup", "0", "--iterations", 10]
+    assert run("train.py", "--out", tmp_path / "run", *flags) == 0
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert 0 <= row["logit_accuracy"] <= 1 and math.isfinite(row["student_grad_norm"])
+
+
+def test_pairs_are_made_once_and_go_on_where_they_stopped(plane_pairs, tmp_path, capsys):
+    shutil.copytree(plane_pairs, tmp_path / "pairs")
+    before = (tmp_path / "pairs" / "00000.safetensors").stat().st_mtime_ns
+    (tmp_path / "pairs" / "00001.safetensors").unlink()  # as if interrupted before it
+    flags = ["--model", "gmm", "--out", tmp_path / "pairs", "--steps", 4, "--guidance", 1]
+    assert run("data.py", *flags, "--count", 300) == 0
+    assert (tmp_path / "pairs" / "00000.safetensors").stat().st_mtime_ns == before
+    for name in ("00000", "00001"):
+        assert (tmp_path / "pairs" / f"{name}.safetensors").read_bytes() == (plane_pairs / f"{name}.safetensors").read_bytes()
+    assert run("data.py", *flags, "--count", 300, "--seed", 1) == 2
+    assert "seed was 0, is 1" in capsys.readouterr().err
+
+
+def test_recipe_of_the_plane_draws_samples_and_measures(tmp_path, capsys):
+    assert run("train.py", f"@{HERE / 'recipes' / 'gmm.args'}", "--iterations", 50, "--out", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "pictures" / "000050.png").is_file()
+    assert run("sample.py", "--student", tmp_path / "run", "--out", tmp_path / "points.png") == 0
+    assert Image.open(tmp_path / "points.png").width > 900
+    assert run("eval.py", "--student", tmp_path / "run", "--out", tmp_path / "numbers.json") == 0
+    rows = {row["label"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
+    assert rows["target"]["kl"]["value"] < 0.1 < rows["student, 1 step"]["kl"]["value"]
+
+
+def test_laboratory_runs_a_claim_keeps_its_runs_and_writes_the_table(tmp_path, capsys):
+    flags = ["--claim", 12, "--seeds", 2, "--iterations", 10, "--jobs", 2, "--out", tmp_path]
+    assert run("laboratory.py", *flags) == 0
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "gmm").glob("*.json")}
+    assert len(first) == 8  # 2 arms, 2 learning rates, 2 seeds
+    table = (tmp_path / "gmm.md").read_text()
+    assert "| 12 |" in table and "sliced_unguided" in table and (tmp_path / "gmm-12.png").is_file()
+    next(iter(first)).unlink()
+    assert run("laboratory.py", *flags) == 0
+    second = {path: path.stat().st_mtime_ns for path in (tmp_path / "gmm").glob("*.json")}
+    assert second.keys() == first.keys() and sum(first[path] != second[path] for path in first) == 1
+    assert (tmp_path / "gmm.md").read_text() == table  # the run that was lost came out the same
+
+
+def test_every_arm_of_the_laboratory_is_a_command_that_train_py_takes():
+    for family, claims in laboratory.CLAIMS.items():
+        for claim in claims:
+            arms = {name: train.parse_arguments(f"{laboratory.BASE[family]} {flags.format(out='x').split('|')[0]}".split())
+                    for name, flags in claim.arms.items()}
+            for (arm_a, _), sign, (arm_b, _) in claim.expected:
+                assert arm_a in arms and arm_b in arms and sign in "<>"
+            budgets = {(args.iterations, args.batch_size, args.guidance, args.student_steps) for args in arms.values()}
+            assert len(budgets) == 1  # no arm of a claim gets more than another
+
+
+def test_verdicts_need_two_standard_errors():
+    claim = laboratory.Claim(1, "", "", {}, (), [(("a", "kl"), "<", ("b", "kl")), (("a", "kl"), ">", ("b", "kl")), (("a", "near"), ">", ("b", "near"))])
+    arms = {"a": [{"kl": 1.0, "near": 0.1}, {"kl": 1.1, "near": 0.9}], "b": [{"kl": 2.0, "near": 0.2}, {"kl": 2.2, "near": 0.1}]}
+    assert list(laboratory.judge(claim, arms).values()) == [True, False, None]
 
 
 def test_interrupted_run_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
@@ -237,6 +326,23 @@ def bad_inputs():
         ("train.py", ["--student-steps", "0"], "above 0"),
         ("train.py", ["--student-steps", "2000"], "noise levels"),
         ("train.py", ["--guidance", "nan"], "above 0"),
+        ("train.py", ["--divergence", "js", "--gan-weight", "0"], "needs a --gan-weight above 0"),
+        ("train.py", ["--gan-weight", "-1"], "above 0"),
+        ("train.py", ["--schedule", "mixed"], "invalid choice"),
+        ("train.py", ["--mean-variance-target", "0", "0"], "is not above 0"),
+        ("train.py", ["--variant", "dmd"], "needs noise-image pairs"),
+        ("train.py", ["--variant", "dmd", "--pairs", "{tmp}/absent"], "no noise-image pairs in"),
+        ("train.py", ["--variant", "dmd", "--pairs", "{tmp}/damaged-pairs"], "damaged or holds no noise-image pairs"),
+        ("train.py", ["--variant", "dmd", "--pairs", "{tmp}/pairs"], "holds pairs of shape (2, 1, 1)"),
+        ("train.py", ["--model", "{tmp}/elsewhere", "--variant", "dmd2"], "need real data"),
+        ("train.py", ["--model", "{tmp}/elsewhere", "--variant", "decoupled", "--student-input", "data"], "need real data"),
+        ("train.py", ["--model", "gmm", "--prompts", "{tmp}/words.txt", "--out", "{tmp}/words"], "'cat' is no prompt of gmm"),
+        ("train.py", ["@{tmp}/absent.args"], "absent.args"),
+        ("data.py", [], "--out"),
+        ("data.py", ["--out", "/proc/nowhere"], "cannot be written to"),
+        ("data.py", ["--out", "{tmp}/many", "--steps", "5000"], "noise levels"),
+        ("laboratory.py", ["--claim", "99"], "there is no claim 99"),
+        ("laboratory.py", ["--out", "/proc/nowhere"], "cannot be written to"),
         ("train.py", ["--model", "{tmp}/absent/model"], "no model directory"),
         ("train.py", ["--model", "{tmp}"], "model_index.json"),
         ("train.py", ["--model", "{tmp}/damaged"], "cannot be loaded"),
@@ -265,8 +371,14 @@ def bad_inputs():
 
 
 @pytest.fixture(scope="module")
-def places(finished, tmp_path_factory):
+def places(finished, plane_pairs, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("bad")
+    shutil.copytree(plane_pairs, tmp / "pairs")
+    shutil.copytree(plane_pairs, tmp / "damaged-pairs")
+    file = tmp / "damaged-pairs" / "00000.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    (tmp / "words.txt").write_text("cat\n")
+    shutil.copytree(data.EMOJI_TEACHER, tmp / "elsewhere")
     (tmp / "empty.txt").write_text("\n \n")
     shutil.copytree(data.EMOJI_TEACHER, tmp / "damaged")
     weight_file = tmp / "damaged" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -285,6 +397,12 @@ def test_bad_input_is_one_line_and_status_2_and_changes_nothing(script, argument
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(script)]
     assert len(lines) == 1 and says in lines[0], lines
     assert before == {path: path.stat().st_mtime_ns for path in Path(places["run"]).rglob("*")}
+
+
+def test_lpips_that_is_not_installed_is_one_line(plane_pairs, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert run("train.py", "--model", "gmm", "--variant", "dmd", "--pairs", plane_pairs, "--regression", "lpips") == 2
+    assert "--regression lpips needs a package that is not installed: pip install lpips" in capsys.readouterr().err
 
 
 def test_an_existing_run_is_replaced_when_asked(tmp_path):
