@@ -325,8 +325,12 @@ def lpips_loss(model):
         import lpips
     except ImportError:
         raise UserError("--regression lpips needs a package that is not installed: pip install lpips") from None
-    with quiet_libraries():
+    try:
         distance = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).to(model.device)
+    except OSError as error:  # torchvision fetches VGG's weights when they are first used
+        raise UserError(f"--regression lpips cannot get VGG's weights: {first_line(error)}") from None
+    if not hasattr(model, "pixels"):
+        raise UserError(f"--regression lpips compares pictures, and {model.name} has none: use --regression mse")
 
     def seen(x):
         pictures = model.pixels(x)
