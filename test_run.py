@@ -308,11 +308,11 @@ def test_eval_writes_every_number_with_its_error(finished, tmp_path):
     assert run("eval.py", "--student", finished, "--samples", 8, "--steps", 1, "--teacher-steps", 2, "--out", out) == 0
     report = json.loads(out.read_text())
     assert report["samples"] == 8
-    assert [row["label"].split(",")[0] for row in report["rows"]] == ["real pictures", "teacher", "teacher", "teacher", "student"]
+    assert [row["label"].split(",")[0] for row in report["rows"]] == ["teacher", "teacher", "teacher", "student", "real pictures"]
     for row in report["rows"]:
         for name in ("alignment", "frechet", "mean", "deviation") + (() if row["label"] == "real pictures" else ("coverage",)):
             assert math.isfinite(row[name]["value"]) and row[name]["standard_error"] >= 0
-    assert report["rows"][0]["alignment"]["value"] >= 7 / 8
+    assert report["rows"][-1]["alignment"]["value"] >= 7 / 8
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

@@ -77,7 +77,7 @@ def parse_arguments(arguments=None):
     parser = errors.Parser(__doc__)
     add_method_flags(parser)
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--iterations", type=errors.positive, default=1500, help="fake-score updates in all")
+    optimisation.add_argument("--iterations", type=errors.positive, default=1000, help="fake-score updates in all")
     optimisation.add_argument("--batch-size", type=errors.positive, default=32, help="over all processes")
     optimisation.add_argument("--learning-rate", type=errors.positive_number, default=1e-4, help="of the student")
     optimisation.add_argument("--fake-learning-rate", type=errors.positive_number, default=1e-4, help="of the fake score")
@@ -163,7 +163,7 @@ class Networks:
         self.student = copy.deepcopy(model.origin).requires_grad_(True)
         self.averaged_student = copy.deepcopy(model.origin)
         head = models.gan_head(model, self.uncond, args.seed) if args.gan_weight > 0 else None
-        self.fake_score = models.FakeScore(copy.deepcopy(model.origin), head).requires_grad_(True)
+        self.fake_score = models.FakeScore(copy.deepcopy(model.origin), head).requires_grad_(True).to(model.device)
         self.student_optimizer = torch.optim.AdamW(self.student.parameters(), lr=args.learning_rate, weight_decay=0.01)
         self.fake_optimizer = torch.optim.AdamW(self.fake_score.parameters(), lr=args.fake_learning_rate, weight_decay=0.01)
         self.regression_loss = models.lpips_loss(model) if args.regression == "lpips" else losses.regression_loss
@@ -349,7 +349,7 @@ class Log:
     def draw_curves(self):
         names = ("fake_loss", "dm", "ca", "std", "gap", "cosine", "student_grad_norm", "logit_accuracy")
         curves = {name: [(row["iteration"], row[name]) for row in self.rows if name in row] for name in names}
-        sample.draw_curves({name: points for name, points in curves.items() if points}, self.path.parent / "curves.png")
+        sample.draw_curves({name: points for name, points in curves.items() if points or not self.rows}, self.path.parent / "curves.png")
 
 
 class Gallery:
