@@ -159,7 +159,7 @@ def test_laboratory_runs_a_claim_keeps_its_runs_and_writes_the_table(tmp_path, c
 def test_every_arm_of_the_laboratory_is_a_command_that_train_py_takes():
     for family, claims in laboratory.CLAIMS.items():
         for claim in claims:
-            arms = {name: train.parse_arguments(f"{laboratory.BASE[family]} {flags.format(out='x').split('|')[0]}".split())
+            arms = {name: train.parse_arguments(laboratory.arguments("x", family, flags.split("|")[0]))
                     for name, flags in claim.arms.items()}
             for (arm_a, _), sign, (arm_b, _) in claim.expected:
                 assert arm_a in arms and arm_b in arms and sign in "<>"
