@@ -281,13 +281,13 @@ def kernel_kl(a, b, width=0.1):
 
 # ---------------------------------------------------------------------------------------------------- pictures
 
-def draw_panels(mixture, panels, path, size=300, reach=2.6):
+def draw_panels(mixture, panels, path, size=260, reach=2.4):
     """panels: [(title, points (N, 2) or None, label (N,) or None, arrows (M, 4) or None), ...] over the mixture's density."""
     ys, xs = torch.meshgrid(torch.linspace(reach, -reach, size), torch.linspace(-reach, reach, size), indexing="ij")
     grid = torch.stack([xs, ys], -1).view(-1, 2)
     density = mixture.to("cpu").log_density(grid, torch.ones(1, 1), torch.full((1, 1), 0.05), torch.full((len(grid),), LABELS)).exp()
     grey = (255 - 110 * (density / density.max()).sqrt()).view(size, size).to(torch.uint8).numpy()
-    font, top = ImageFont.load_default(13), 40
+    font, top = ImageFont.load_default(13), 40 if any(panel[0] for panel in panels) else 0
     sheet = Image.new("RGB", (len(panels) * (size + 8), size + top), "white")
     for k, (title, points, label, arrows) in enumerate(panels):
         panel = Image.fromarray(grey).convert("RGB")
