@@ -169,10 +169,10 @@ def rows_to_measure(model, student, args, guidance):
 
 def print_table(table):
     names = list(table[0][1])
-    print(f"{'':34}" + "".join(f"{name:>19}" for name in names))
+    print(f"{'':40}" + "".join(f"{name:>19}" for name in names))
     for label, figures in table:
         cells = "".join(f"{'-':>19}" if name not in figures else f"{figures[name][0]:>10.3f} +-{figures[name][1]:6.3f}" for name in names)
-        print(f"{label:34}{cells}")
+        print(f"{label:40}{cells}")
 
 
 def measure_pictures(model, rows, args):

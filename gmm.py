@@ -189,18 +189,23 @@ class Model:
 
     def measure_rows(self, rows, guidance, max_steps, seed, repeats=4, count=4096):
         """eval.py's table: `measure` against the teacher with guidance (100 steps of its sampler; exact samples without), the mean and
-        standard error of four times 4096 samples, and for comparison other samples of that target."""
+        standard error of four times 4096 samples, over all labels and for each; and for comparison other samples of that target."""
         label = torch.arange(count, device=self.device) % LABELS
-        cond, table = {"class_labels": label}, {row.label.replace("\n", ", "): [] for row in rows} | {"target": []}
+        cond, samplers = {"class_labels": label}, {row.label.replace("\n", ", "): row.draw for row in rows}
+        measured = {title: [] for title in (*samplers, "target")}
         for repeat in range(repeats):
             generator = torch.Generator().manual_seed(data.mix_seed(seed, repeat))
             noise = torch.randn(max_steps, count, *self.sample_shape, generator=generator).to(self.device)
             target, again = (self.target(label, guidance, generator) for _ in range(2))
-            for row in rows:
-                table[row.label.replace("\n", ", ")].append(measure(self.mixture, row.draw(noise, cond)[..., 0, 0], label, target))
-            table["target"].append(measure(self.mixture, again, label, target))
-        names = [name for name in table["target"][0] if name != "per_label"]
-        return [(title, {name: mean_and_error([figures[name] for figures in repeated]) for name in names}) for title, repeated in table.items()]
+            for title, draw in samplers.items():
+                measured[title].append(measure(self.mixture, draw(noise, cond)[..., 0, 0], label, target))
+            measured["target"].append(measure(self.mixture, again, label, target))
+        table = []
+        for title, repeated in measured.items():
+            parts = {title: repeated} | {f"{title}, label {k}": [figures["per_label"][k] for figures in repeated] for k in range(LABELS)}
+            table += [(part, {name: mean_and_error([figures[name] for figures in own]) for name in own[0] if name != "per_label"})
+                      for part, own in parts.items()]
+        return table
 
     def target(self, label, guidance, generator):
         """Samples (B, 2) of what a student should draw."""
