@@ -136,10 +136,14 @@ SHARD = 256
 class Pairs:
     """Noise and what the teacher's deterministic sampler makes of it, from a folder that `python data.py` wrote."""
 
-    def __init__(self, folder, model):
+    def __init__(self, folder, model, guidance):
         files = sorted(Path(folder).glob("[0-9]*.safetensors"))
-        if not files:
-            raise UserError(f"there are no noise-image pairs in {folder}: make them with python data.py --out {folder}")
+        command = f"python data.py --out {folder} --model {model.name} --guidance {guidance:g}"
+        if not files or not (Path(folder) / "config.json").is_file():
+            raise UserError(f"there are no noise-image pairs in {folder}: make them with {command}")
+        config = json.loads((Path(folder) / "config.json").read_text())
+        if config["guidance"] != guidance:
+            raise UserError(f"the pairs in {folder} were made with guidance {config['guidance']:g}, the run has {guidance:g}: make others with {command}")
         shards, self.prompts, self.model = [], [], model
         for file in files:
             tensors, prompts = read_pairs(file)
@@ -147,6 +151,8 @@ class Pairs:
                 raise UserError(f"{file} holds pairs of shape {tuple(tensors['noise'].shape[1:])}; {model.name} has {model.sample_shape}")
             shards.append(tensors)
             self.prompts += prompts
+        if len(self.prompts) < config["count"]:
+            raise UserError(f"{folder} holds {len(self.prompts)} of {config['count']} pairs: finish them with the command that began them")
         self.noise = torch.cat([shard["noise"] for shard in shards])
         self.x0 = torch.cat([shard["x0"] for shard in shards])
 
@@ -169,24 +175,35 @@ def read_pairs(file):
     return tensors, prompts
 
 
-def make_pairs(model, prompts, count, steps, guidance, seed, out):
-    """Shards of up to 256 pairs, each from a seed of its own: those that are there already are not made again."""
+def make_pairs(out, config, device="cpu"):
+    """Shards of up to 256 pairs, each from a seed of its own: those that are there already, whole, are not made again. config: model,
+    prompts, count, steps, guidance and seed, as `python data.py` takes them."""
     import fsdp
+    import models
     import sample
-    row = sample.teacher_row(model, steps, guidance)
-    shards = [(i, min(SHARD, count - i * SHARD)) for i in range(math.ceil(count / SHARD))]
-    todo = [(i, size) for i, size in shards if not (out / f"{i:05d}.safetensors").is_file()]
-    with tqdm(total=count, initial=count - sum(size for _, size in todo), unit="pair") as bar:
-        for i, size in todo:
-            generator = torch.Generator().manual_seed(mix_seed(seed, i))
+    model = models.load_model(config["model"] or EMOJI_TEACHER, device)
+    if config["steps"] > len(model.schedule):
+        raise UserError(f"--steps {config['steps']} is more than the model's {len(model.schedule)} noise levels")
+    out, count, prompts = Path(out), config["count"], training_prompts(config["prompts"], model)
+    if (out / "config.json").is_file():
+        fsdp.check_same_configuration(out, config, may_differ=("count",))
+    fsdp.make_writable(out)
+    fsdp.replace_file(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+    row = sample.teacher_row(model, config["steps"], config["guidance"])
+    shards = {out / f"{i:05d}.safetensors": (i, min(SHARD, count - i * SHARD)) for i in range(math.ceil(count / SHARD))}
+    todo = {file: shard for file, shard in shards.items() if not file.is_file() or len(read_pairs(file)[1]) < shard[1]}
+    with tqdm(total=count, initial=count - sum(size for _, size in todo.values()), unit="pair") as bar:
+        for file, (i, size) in todo.items():
+            generator = torch.Generator().manual_seed(mix_seed(config["seed"], i))
             texts = prompts.draw(size, generator)
             noise = torch.randn(size, *model.sample_shape, generator=generator).half()  # as it is stored, so that the pair fits
             x0 = []
             for part, text in zip(noise.split(64), (texts[k:k + 64] for k in range(0, size, 64))):
                 x0.append(row.draw(part.float().to(model.device)[None], model.encode(text)).half().cpu())
                 bar.update(len(part))
-            fsdp.replace_file(out / f"{i:05d}.safetensors", lambda path: save_file(
-                {"noise": noise, "x0": torch.cat(x0)}, path, metadata={"prompts": json.dumps(texts)}))
+            tensors = {"noise": noise, "x0": torch.cat(x0)}
+            fsdp.replace_file(file, lambda path: save_file(tensors, path, metadata={"prompts": json.dumps(texts)}))
 
 
 # ---------------------------------------------------------------------------------------------------- emoji pictures
@@ -269,20 +286,13 @@ def parse_arguments():
 
 
 def main():
-    import fsdp
-    import models
     args = parse_arguments()
-    model = models.load_model(args.model or EMOJI_TEACHER, args.device)
-    if args.steps > len(model.schedule):
-        raise UserError(f"--steps {args.steps} is more than the model's {len(model.schedule)} noise levels")
-    prompts, out = training_prompts(args.prompts, model), Path(args.out)
     config = {name: value for name, value in vars(args).items() if name not in ("out", "device")}
-    if (out / "config.json").is_file():
-        fsdp.check_same_configuration(out, config, may_differ=("count",))
-    fsdp.make_writable(out)
-    fsdp.replace_file(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
-    make_pairs(model, prompts, args.count, args.steps, args.guidance, args.seed, out)
-    print(f"pairs: {out}; use them with: python train.py --variant dmd --pairs {out}")
+    try:
+        make_pairs(args.out, config, args.device)
+    except KeyboardInterrupt:
+        raise UserError("interrupted; the finished shards are kept, and the same command goes on with the rest") from None
+    print(f"pairs: {args.out}; use them with: python train.py --variant dmd --pairs {args.out}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
+        if message.startswith("[Errno"):  # argparse's words for an @FILE that it cannot open
+            message = f"the recipe cannot be read: {message.split('] ', 1)[-1]}"
         print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -65,9 +67,13 @@ def positive_number(text):
 
 def weight(text):
     """A finite number, 0 or above, for argparse."""
-    if text in ("0", "0.0"):
-        return 0.0
-    return positive_number(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or above")
+    return value
 
 
 def run(main):

@@ -22,6 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image, ImageDraw, ImageFont
 
 import data
+import losses
 import models
 import sample
 from errors import UserError
@@ -243,7 +244,7 @@ def measure(mixture, x, label, x_target):
         near      share of samples within 3 deviations of one of their label's modes
         sliced    sliced Wasserstein distance to the target, 64 directions
         kl        KL divergence from the target, KL(samples || target), both smoothed by a Gaussian of deviation 0.1 (kernel
-                  estimates, a tenth of the samples left out to judge by)
+                  estimates, a tenth of the samples left out to judge by), each sample's part cut at 20
         deviation root mean square distance of the label's samples from the label's target mean
     """
     per_label = {}
@@ -310,17 +311,18 @@ def draw_panels(mixture, panels, path, size=260, reach=2.4):
     sample.save_picture(sheet, path)
 
 
-def direction_field(networks, guidance, t, label=0, reach=2.4, across=17):
-    """Arrows (M, 4) along which a student's samples with that label are moved at timestep t: x0_guided - x0_fake on a grid of
-    x_t, a third of its length, drawn from the grid's points as they would be without noise."""
+def direction_field(networks, args, t, label=0, reach=2.2, across=17):
+    """Arrows (M, 4) along which a student's samples with that label are moved at timestep t: minus DM and CA with their weights, not
+    normalised, on a grid of x_t, a third of their length, drawn from the grid's points as they would be without noise."""
     line = torch.linspace(-reach, reach, across, device=networks.model.device)
     x = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2)
     x_t = (networks.schedule.alpha[t] * x)[..., None, None]
     cond = {"class_labels": torch.full((len(x),), label, device=x.device)}
     with torch.no_grad():
-        x0_real = models.guided_x0(networks.teacher, x_t, t, cond, networks.uncond, guidance)
+        x0_cond, x0_uncond = models.cond_and_uncond_x0(networks.teacher, x_t, t, cond, networks.uncond, args.guidance)
         x0_fake, _ = networks.fake_score(x_t, t, cond)
-    return torch.cat([x, x + (x0_real - x0_fake)[..., 0, 0] / 3], 1).cpu()
+    direction = args.dm_weight * losses.dm_direction(x0_cond, x0_fake) + args.ca_weight * losses.ca_direction(x0_cond, x0_uncond, args.guidance)
+    return torch.cat([x, x - direction[..., 0, 0] / 3], 1).cpu()
 
 
 class Gallery:
@@ -341,5 +343,5 @@ class Gallery:
         x = row.draw(self.noise, self.cond)[..., 0, 0]
         panels = [self.teacher, (row.label, x, self.cond["class_labels"], None),
                   (f"direction of label 0\nat t = {t}", x[self.cond["class_labels"] == 0], torch.zeros(len(x), dtype=torch.long),
-                   direction_field(networks, self.args.guidance, t))]
+                   direction_field(networks, self.args, t))]
         draw_panels(networks.model.mixture, panels, self.out / f"{iteration:06d}.png")

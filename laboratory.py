@@ -6,12 +6,12 @@
     python laboratory.py --list              # what is claimed, and the flags of every arm
 
 A claim compares arms, each a set of train.py's flags. Every arm has the same budget (iterations, batch, steps), the same
-sweep of the student's learning rate, and the same seeds. An expectation of the paper holds where the difference, seed by seed, is
-beyond two standard errors of its mean; that is asked with every arm at its best rate (lowest KL divergence, mean over the seeds), and
-with all arms at each rate.
+sweep of the student's learning rate, and the same seeds, and every claim shows the untrained network beside them. An expectation of
+the paper holds ("yes") or fails ("opposite") where the difference, seed by seed, is beyond Student's 95 % interval; else it is "not
+resolved". That is asked with every arm at its best rate (lowest KL divergence, mean over the seeds), and with all arms at each rate.
 
-Every finished run is kept in --out, so an interrupted command goes on where it was, and arms that claims share run once. The table is
-printed and written to --out/FAMILY.md, pictures lie beside it.
+Every finished run is kept in --out, so an interrupted command goes on where it was, and arms that claims share run once. The summary is
+printed; it, a table of every arm and the pictures are written to --out (those of a part of the claims to a folder of their own).
 """
 
 import hashlib
@@ -39,19 +39,28 @@ import train
 RECIPES = Path(__file__).resolve().parent / "recipes"
 BASE = {"gmm": f"@{RECIPES}/gmm.args", "emoji": f"@{RECIPES}/emoji-short.args"}
 LEARNING_RATES = {"gmm": ("5e-4", "2e-3"), "emoji": ("2e-4",)}
+SEEDS = {"gmm": 5, "emoji": 3}
 JUDGED_BY = {"gmm": "kl", "emoji": "frechet"}  # lower is better; chooses the learning rate
 SAMPLES = 4096
 
 
 @dataclass
 class Claim:
-    """arms: name -> flags. expected: ((arm, figure), "<" or ">", (arm, figure)), what the paper leads one to expect."""
+    """arms: name -> flags. shown: figures of the table, the first also of the summary. expected: ((arm, figure), "<" or ">",
+    (arm, figure)), what the paper leads one to expect. Every claim also has an arm `untrained`, its first arm's network before
+    any iteration. probe: what else to measure, see distil."""
     number: int
     title: str
     paper: str
     arms: dict
     shown: tuple
     expected: list
+    probe: str = ""
+
+    def runs(self, more_flags):
+        """{arm: (flags, probe)}"""
+        runs = {name: (f"{flags} {more_flags}".strip(), self.probe) for name, flags in self.arms.items()}
+        return runs | {"untrained": (next(iter(runs.values()))[0], "untrained")}
 
 
 # ---------------------------------------------------------------------------------------------------- the claims
@@ -59,7 +68,8 @@ class Claim:
 K1, K5 = "--fake-updates 1", "--fake-updates 5"
 GAN = "--model gmm-imperfect --gan-weight 1 --critic-weight 1"
 RATIO = "--variant fdistill --student-steps 1 --gan-weight 0.03 --critic-weight 1"  # the GAN is there for the ratio, hardly for the student
-GUIDED = "--variant decoupled --student-steps 4 --guidance 1.5"
+GUIDED = "--variant decoupled --student-steps 1 --guidance 1.5 --schedule coupled"
+FOUR = "--variant decoupled --student-steps 4 --guidance 1.5 --schedule"
 YOUNG = "student after 20 updates"
 PAIRS = "--variant dmd --pairs {out}/pairs"
 
@@ -70,7 +80,7 @@ def lower(figure, better, *worse):
 
 CLAIMS = {"gmm": [
     Claim(1, "TTUR: without regression, K = 1 is unstable or worse; K = 5 repairs it", "2405.14867: ImageNet FID 3.48 -> 2.61",
-          {"K = 1": K1, "K = 5": K5}, ("kl", "sliced", "modes", "mass"), lower("kl", "K = 5", "K = 1") + lower("mass", "K = 5", "K = 1")),
+          {"K = 1": K1, "K = 5": K5}, ("kl", "sliced", "modes", "mass"), lower("kl", "K = 5", "K = 1", "untrained") + lower("mass", "K = 5", "K = 1")),
     Claim(2, "A faster fake score's learning rate does not replace K", "2405.14867, appendix",
           {"K = 1, fake rate x 2": K1 + " --fake-learning-rate 4e-3", "K = 1, fake rate x 5": K1 + " --fake-learning-rate 1e-2", "K = 5": K5},
           ("kl", "sliced", "modes", "mass"),
@@ -82,43 +92,44 @@ CLAIMS = {"gmm": [
           "2405.14867: ImageNet FID 1.51 with it, 2.61 without",
           {"no GAN": "--model gmm-imperfect", "GAN": GAN}, ("sliced_data", "kl_data", "sliced_teacher_data", "kl_teacher_data"),
           [(("GAN", "sliced_data"), "<", ("GAN", "sliced_teacher_data"))] + lower("sliced_data", "GAN", "no GAN")),
-    Claim(5, "GAN alone is worse than both together", "2405.14867: ImageNet FID 2.56 alone, 1.51 both, 2.61 no GAN",
+    Claim(5, "GAN alone is worse than both together", "2405.14867: ImageNet FID 2.56 alone, 1.51 both; SDXL FID 13.77 alone, 19.32 both, but patch FID 27.96 alone, 20.86 both",
           {"no GAN": "--model gmm-imperfect", "GAN": GAN, "GAN alone": GAN + " --dm-weight 0 --ca-weight 0"},
           ("kl_data", "sliced_data", "mass"), lower("kl_data", "GAN", "GAN alone") + lower("sliced_data", "GAN", "GAN alone")),
     Claim(6, "Few steps: backward simulation beats noised real data as the student's input", "2405.14867: SDXL FID 19.32 against 20.66",
           {"backward": "--student-steps 4", "data": "--student-steps 4 --student-input data"}, ("kl", "sliced", "mass"),
-          lower("kl", "backward", "data") + lower("sliced", "backward", "data")),
-    Claim(7, "Forward KL, Jeffreys and JS cover more modes than reverse KL, without guidance", "2502.15681: ImageNet recall .65, .66 against .65",
+          lower("kl", "backward", "data", "untrained") + lower("sliced", "backward", "data", "untrained")),
+    Claim(7, "Forward KL, Jeffreys and JS cover more modes than reverse KL, without guidance", "2502.15681: ImageNet recall .65 (reverse KL), .65 (forward KL), .66 (JS)",
           {name: f"{RATIO} --divergence {name}" for name in ("reverse-kl", "forward-kl", "jeffreys", "js")},
           ("modes@0", "modes@1", "modes", "mass", "kl"),
           [((name, "modes@1"), ">", ("reverse-kl", "modes@1")) for name in ("forward-kl", "jeffreys", "js")]
           + [((name, "mass"), "<", ("reverse-kl", "mass")) for name in ("forward-kl", "jeffreys", "js")]),
     Claim(8, "The weight h varies most for forward KL and Jeffreys, little for JS; normalising the ratio in its time bin lowers it",
-          "2502.15681, figure 4", {YOUNG: f"{RATIO} --divergence reverse-kl --iterations 100 | ratio"},
+          "2502.15681, figure 4", {YOUNG: f"{RATIO} --divergence reverse-kl --iterations 100"},
           tuple(f"{what} {name}" for name in ("forward-kl", "jeffreys", "js") for what in ("var h raw", "var h binned", "grad noise raw", "grad noise binned", "grad noise both")),
           [((YOUNG, "var h binned js"), "<", (YOUNG, "var h binned forward-kl")),
            ((YOUNG, "var h binned js"), "<", (YOUNG, "var h binned jeffreys")),
            ((YOUNG, "var h binned forward-kl"), "<", (YOUNG, "var h raw forward-kl")),
            ((YOUNG, "grad noise binned js"), "<", (YOUNG, "grad noise binned forward-kl")),
-           ((YOUNG, "grad noise both forward-kl"), "<", (YOUNG, "grad noise binned forward-kl"))]),
+           ((YOUNG, "grad noise both forward-kl"), "<", (YOUNG, "grad noise binned forward-kl"))], probe="ratio"),
     Claim(9, "CA alone works at first, then variance grows without bound; DM alone is stable but lags; both together do best", "2511.22677",
-          {"CA alone": GUIDED + " --schedule coupled --dm-weight 0", "DM alone": GUIDED + " --schedule coupled --ca-weight 0",
-           "both": GUIDED + " --schedule coupled"}, ("kl", "kl@0", "near@0", "near", "deviation@0", "deviation@4", "deviation"),
+          {"CA alone": GUIDED + " --dm-weight 0", "DM alone": GUIDED + " --ca-weight 0",
+           "both": GUIDED}, ("kl", "kl@0", "near@0", "near", "deviation@0", "deviation@4", "deviation"),
           [(("CA alone", "deviation"), ">", ("CA alone", "deviation@4")), (("CA alone", "deviation"), ">", ("both", "deviation"))]
-          + lower("kl@0", "CA alone", "DM alone") + lower("kl", "both", "CA alone", "DM alone")),
+          + lower("kl@0", "CA alone", "DM alone") + lower("kl", "both", "CA alone", "DM alone", "untrained")),
     Claim(10, "Schedules: hybrid is best, then constrained, then full, then coupled", "2511.22677: HPSv2.1 32.29, 31.71, 30.69, 30.61",
-          {name: f"{GUIDED} --schedule {name}" for name in ("coupled", "full", "constrained", "hybrid")}, ("kl", "sliced", "near", "modes"),
-          lower("kl", "hybrid", "constrained") + lower("kl", "constrained", "full") + lower("kl", "full", "coupled")
+          {name: f"{FOUR} {name}" for name in ("coupled", "full", "constrained", "hybrid")}, ("kl", "sliced", "near", "modes"),
+          lower("kl", "hybrid", "constrained", "untrained") + lower("kl", "constrained", "full") + lower("kl", "full", "coupled")
           + [(("constrained", "near"), ">", ("coupled", "near")), (("hybrid", "near"), ">", ("coupled", "near"))]),
     Claim(11, "A mean-variance KL keeps CA stable, less well than DM", "2511.22677",
-          {"CA alone": GUIDED + " --schedule coupled --dm-weight 0",
-           "CA + mean-variance": GUIDED + " --schedule coupled --dm-weight 0 --mean-variance-weight 0.1",
-           "CA + DM": GUIDED + " --schedule coupled"}, ("kl", "deviation", "near", "modes"),
+          {"CA alone": GUIDED + " --dm-weight 0",
+           "CA + mean-variance": GUIDED + " --dm-weight 0 --mean-variance-weight 0.1",
+           "CA + DM": GUIDED}, ("kl", "deviation", "near", "modes"),
           lower("deviation", "CA + mean-variance", "CA alone") + lower("kl", "CA + DM", "CA + mean-variance")),
-    Claim(12, "DM alone converges to the unguided teacher, CA carries the guidance", "seen in later work on 2511.22677",
-          {"DM alone": GUIDED + " --schedule coupled --ca-weight 0", "both": GUIDED + " --schedule coupled"},
+    Claim(12, "DM alone goes to the unguided teacher, CA carries the guidance", "reported of 2511.22677 by later work",
+          {"DM alone": GUIDED + " --ca-weight 0", "both": GUIDED},
           ("sliced", "sliced_unguided"),
-          [(("DM alone", "sliced_unguided"), "<", ("DM alone", "sliced")), (("both", "sliced"), "<", ("both", "sliced_unguided"))]),
+          [(("DM alone", "sliced_unguided"), "<", ("DM alone", "sliced")), (("both", "sliced"), "<", ("both", "sliced_unguided")),
+           (("DM alone", "sliced_unguided"), "<", ("untrained", "sliced_unguided")), (("both", "sliced"), "<", ("untrained", "sliced"))]),
 ]}
 # At 4 steps the undistilled network already has an alignment of .8, which leaves no room: hence 1 step, and 2 where a claim is about several.
 EMOJI_ONE = "--student-steps 1 --fake-updates 5"
@@ -143,21 +154,31 @@ CLAIMS["emoji"] = [
 
 # ---------------------------------------------------------------------------------------------------- one run
 
-def run_file(out, family, flags, rate, seed):
-    key = hashlib.sha1(json.dumps([Path(BASE[family][1:]).read_text(), flags, rate, seed]).encode()).hexdigest()[:16]
-    return out / family / f"{key}.json"
+CODE = ("train.py", "losses.py", "models.py", "data.py", "gmm.py", "laboratory.py")
 
 
-def arguments(out, family, flags):
-    return [BASE[family], *(flag.format(out=out) for flag in flags.split())]
+def hash_of(*texts):
+    return hashlib.sha1(json.dumps(texts).encode()).hexdigest()[:16]
 
 
-def distil(out, family, flags, rate, seed):
-    """Train one arm with train.py's own iterations, measure it ten times on the way, and keep the figures. What follows a `|` in
-    the flags asks for the figures of the density ratio as well."""
+def code_version():
+    return hash_of(*((RECIPES.parent / name).read_text(encoding="utf-8") for name in CODE))
+
+
+def run_file(out, family, flags, probe, rate, seed):
+    asked = f"{flags} | {probe}" if probe else flags
+    return out / family / f"{hash_of(Path(BASE[family][1:]).read_text(), asked, rate, seed)}.json"
+
+
+def arguments(out, family, flags, rate, seed):
+    return [BASE[family], *(flag.format(out=out) for flag in flags.split()), "--learning-rate", rate, "--seed", str(seed)]
+
+
+def distil(out, family, flags, probe, rate, seed):
+    """Train one arm with train.py's own iterations, measure it ten times on the way, and keep the figures. probe: "" for no more,
+    "ratio" for ratio_figures as well, "untrained" for the network before any iteration."""
     torch.set_num_threads(1)
-    own_flags, _, probe = flags.partition("|")
-    args = train.parse_arguments(arguments(out, family, f"{own_flags} --learning-rate {rate} --seed {seed}"))
+    args = train.parse_arguments(arguments(out, family, flags, rate, seed))
     model = models.load_model(args.model or data.EMOJI_TEACHER, "cpu", torch.bfloat16 if family == "emoji" else torch.float32)
     sources = train.open_sources(model, args)
     if args.mean_variance_weight > 0:
@@ -165,22 +186,22 @@ def distil(out, family, flags, rate, seed):
     networks = train.Networks(model, args)
     meter = {"gmm": PlaneMeter, "emoji": EmojiMeter}[family](networks, args)
     figures, recent = {"diverged": 0.0}, {}
-    for iteration in range(args.iterations):
+    for iteration in range(0 if probe == "untrained" else args.iterations):
         try:
             recent |= train.iterate(networks, sources, iteration, args)
         except fsdp.NotFinite:
             figures["diverged"] = 1.0
             break
-        tenth, rest = divmod(10 * (iteration + 1), args.iterations)
-        if rest == 0:
+        tenth = 10 * (iteration + 1) // args.iterations
+        if tenth > 10 * iteration // args.iterations:
             figures |= {f"{name}@{tenth - 1}": value for name, value in meter.on_the_way(recent).items()}
     figures |= meter.at_the_end()
-    if probe:
+    if probe == "ratio":
         figures |= ratio_figures(networks, sources, args)
-    file = run_file(out, family, flags, rate, seed)
+    file = run_file(out, family, flags, probe, rate, seed)
     if seed == 0:
         meter.keep_picture(file.with_suffix(".png"))
-    row = {"flags": flags, "learning_rate": rate, "seed": seed, "figures": figures}
+    row = {"flags": flags, "probe": probe, "learning_rate": rate, "seed": seed, "code": code_version(), "figures": figures}
     fsdp.replace_file(file, lambda path: path.write_text(json.dumps(row, indent=1) + "\n"))
 
 
@@ -216,7 +237,7 @@ class PlaneMeter:
         return figures | to_data
 
     def keep_picture(self, path):
-        field = gmm.direction_field(self.networks, self.args.guidance, 333)
+        field = gmm.direction_field(self.networks, self.args, 333)
         x = self.draw()[:1024].clamp(-99, 99)
         gmm.draw_panels(self.networks.model.mixture, [("", x, self.label[:1024], None), ("", None, None, field)], path)
 
@@ -292,47 +313,60 @@ class EmojiMeter:
 
 # ---------------------------------------------------------------------------------------------------- what came of it
 
-def figures_of(out, family, flags, seeds):
-    """{learning rate: [figures of seed 0, 1, ...]} of one arm, and the best of the rates."""
-    by_rate = {rate: [json.loads(run_file(out, family, flags, rate, seed).read_text())["figures"] for seed in range(seeds)]
-               for rate in LEARNING_RATES[family]}
-    return by_rate, min(by_rate, key=lambda rate: statistics.fmean(figures[JUDGED_BY[family]] for figures in by_rate[rate]))
+# Two-sided 5 % points of Student's t for 1, 2, ... degrees of freedom.
+T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+def figures_of(out, family, run, seeds):
+    """{learning rate: [figures of seed 0, 1, ...]} of one arm, the best of the rates, and how many are of another version of the
+    code."""
+    rows = {rate: [json.loads(run_file(out, family, *run, rate, seed).read_text()) for seed in range(seeds)] for rate in LEARNING_RATES[family]}
+    stale = sum(row.get("code") != code_version() for own in rows.values() for row in own)
+    by_rate = {rate: [row["figures"] for row in own] for rate, own in rows.items()}
+    return by_rate, min(by_rate, key=lambda rate: statistics.fmean(figures[JUDGED_BY[family]] for figures in by_rate[rate])), stale
 
 
 def judge(claim, arms):
-    """{expectation: True, False (the opposite holds) or None (the difference is within two standard errors)} for arms: name ->
-    [figures of seed 0, 1, ...]."""
+    """{expectation: "yes", "opposite" or "not resolved"} for arms: name -> [figures of seed 0, 1, ...]: the first two where the mean
+    difference, seed by seed, is beyond Student's 95 % interval. A figure that a run did not live to see counts as not resolved."""
     verdicts = {}
     for (arm_a, figure_a), sign, (arm_b, figure_b) in claim.expected:
-        difference = [a[figure_a] - b[figure_b] for a, b in zip(arms[arm_a], arms[arm_b])]
-        mean, error = gmm.mean_and_error(difference)
-        mean = -mean if sign == "<" else mean
-        sentence = (f"{arm_a}: {figure_a} {sign} {figure_b}" if arm_a == arm_b else f"{figure_a}: {arm_a} {sign} {arm_b}")
-        verdicts[sentence] = None if not abs(mean) > 2 * error else mean > 0
+        sentence = f"{arm_a}: {figure_a} {sign} {figure_b}" if arm_a == arm_b else f"{figure_a}: {arm_a} {sign} {arm_b}"
+        difference = [a[figure_a] - b[figure_b] for a, b in zip(arms[arm_a], arms[arm_b]) if figure_a in a and figure_b in b]
+        verdicts[sentence] = "not resolved"
+        if len(difference) > 1:
+            mean, error = gmm.mean_and_error(difference)
+            if abs(mean) > T_QUANTILES[min(len(difference) - 2, len(T_QUANTILES) - 1)] * error:
+                verdicts[sentence] = "yes" if (mean < 0) == (sign == "<") else "opposite"
     return verdicts
 
 
 def in_words(verdicts):
-    held = list(verdicts.values())
-    return "yes" if all(held) else "no" if not any(held) else f"partly ({sum(map(bool, held))} of {len(held)})"
+    """ "yes" where every expectation holds, else how many do, are the opposite, or are not resolved."""
+    found = list(verdicts.values())
+    counts = {word: found.count(word) for word in ("yes", "opposite", "not resolved") if word in found}
+    return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{count} {word}" for word, count in counts.items())
 
 
 def cell(rows, figure):
-    mean, error = gmm.mean_and_error([row[figure] for row in rows])
-    return f"{mean:.3g} ± {error:.2g}"
+    values = [row[figure] for row in rows if figure in row]
+    return "{:.3g} ± {:.2g}".format(*gmm.mean_and_error(values)) if values else "-"
 
 
-def report(out, family, claims, seeds):
-    """A table of the claims, then one of the arms for each."""
-    rates = LEARNING_RATES[family]
-    headers = ["at the best rates"] + ([f"all at {rate}" for rate in rates] if len(rates) > 1 else [])
+def report(out, family, claims, seeds, more_flags, where):
+    """A table of the claims, then one of the arms for each, and the claims' pictures."""
+    rates, stale = LEARNING_RATES[family], 0
+    headers = ["at the best rates"] + [f"all at {rate}" for rate in rates if len(rates) > 1]
     summary = [f"| | claim | the paper | measured, mean ± standard error over {seeds} seeds | reproduced {' | '.join(headers)} | command |",
                "|" + "---|" * (5 + len(headers))]
     details = []
     for claim in claims:
-        arms = {name: figures_of(out, family, flags, seeds) for name, flags in claim.arms.items()}
+        arms = {}
+        for name, run in claim.runs(more_flags).items():
+            *arms[name], old = figures_of(out, family, run, seeds)
+            stale += old
         judged = [judge(claim, {name: by_rate[best] for name, (by_rate, best) in arms.items()})]
-        judged += [judge(claim, {name: by_rate[rate] for name, (by_rate, _) in arms.items()}) for rate in rates] if len(rates) > 1 else []
+        judged += [judge(claim, {name: by_rate[rate] for name, (by_rate, _) in arms.items()}) for rate in rates if len(rates) > 1]
         measured = "; ".join(f"{name}: {cell(by_rate[best], claim.shown[0])}" for name, (by_rate, best) in arms.items())
         command = f"`python laboratory.py --claim {claim.number}{'' if family == 'gmm' else f' --family {family}'}`"
         summary.append(f"| {claim.number} | {claim.title} | {claim.paper} | {claim.shown[0]} {measured} | {' | '.join(map(in_words, judged))} | {command} |")
@@ -341,30 +375,34 @@ def report(out, family, claims, seeds):
         for name, (by_rate, best) in arms.items():
             for rate, rows in by_rate.items():
                 lost = sum(row["diverged"] for row in rows)
-                details.append(f"| {name} | {f'**{rate}**' if rate == best else rate}{f', {lost:.0f} diverged' if lost else ''} | "
-                               + " | ".join(cell(rows, figure) for figure in claim.shown) + " |")
+                label = "" if name == "untrained" else f"**{rate}**" if rate == best else rate
+                if name != "untrained" or rate == best:
+                    details.append(f"| {name} | {label}{f', {lost:.0f} diverged' if lost else ''} | "
+                                   + " | ".join(cell(rows, figure) for figure in claim.shown) + " |")
         details += ["", f"| expected | {' | '.join(headers)} |", "|---|" + "---|" * len(headers)]
-        for sentence in judged[0]:
-            details.append(f"| {sentence} | " + " | ".join({True: "yes", False: "the opposite", None: "not resolved"}[verdicts[sentence]] for verdicts in judged) + " |")
-        draw_claim(out, family, claim)
+        details += [f"| {sentence} | " + " | ".join(verdicts[sentence] for verdicts in judged) + " |" for sentence in judged[0]]
+        draw_claim(out, family, claim, more_flags, where)
     text = "\n".join(summary + details) + "\n"
-    fsdp.replace_file(out / f"{family}.md", lambda path: path.write_text(text, encoding="utf-8"))
-    return "\n".join(summary)
+    fsdp.replace_file(where / f"{family}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    print("\n".join(summary))
+    if stale:
+        print(f"note: {stale} of these runs were made by another version of the code; delete {out / family} to make them again")
+    print(f"table: {where / family}.md, pictures beside it")
 
 
-def draw_claim(out, family, claim):
+def draw_claim(out, family, claim, more_flags, where):
     """One row an arm, one column a learning rate, from the pictures that the runs of seed 0 kept."""
     left, top, rates = 180, 26, LEARNING_RATES[family]
-    strips = {(name, rate): Image.open(run_file(out, family, flags, rate, 0).with_suffix(".png"))
-              for name, flags in claim.arms.items() for rate in rates}
+    runs = claim.runs(more_flags)
+    strips = {(name, rate): Image.open(run_file(out, family, *run, rate, 0).with_suffix(".png")) for name, run in runs.items() for rate in rates}
     width, height = next(iter(strips.values())).size
-    sheet = Image.new("RGB", (left + (width + 12) * len(rates), top + (height + 6) * len(claim.arms)), "white")
+    sheet = Image.new("RGB", (left + (width + 12) * len(rates), top + (height + 6) * len(runs)), "white")
     for j, rate in enumerate(rates):
         sample.write_text(sheet, f"learning rate {rate}", (left + j * (width + 12), top // 2))
-        for k, name in enumerate(claim.arms):
+        for k, name in enumerate(runs):
             sheet.paste(strips[name, rate], (left + j * (width + 12), top + k * (height + 6)))
             sample.write_text(sheet, name, (8, top + k * (height + 6) + height // 2))
-    sample.save_picture(sheet, out / f"{family}-{claim.number}.png")
+    sample.save_picture(sheet, where / f"{family}-{claim.number}.png")
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -383,41 +421,47 @@ def parse_arguments():
     for number in args.claim or ():
         if number not in known:
             parser.error(f"there is no claim {number} for {args.family}; there are {', '.join(map(str, known))}")
-    args.seeds = args.seeds or {"gmm": 5, "emoji": 3}[args.family]
+    args.seeds = args.seeds or SEEDS[args.family]
     return args
+
+
+def list_claims(args, claims, more_flags):
+    """Every arm as a command of train.py, at the first learning rate and seed 0."""
+    for claim in claims:
+        print(f"{claim.number}. {claim.title} ({claim.paper})")
+        for name, (flags, probe) in claim.runs(more_flags).items():
+            if probe != "untrained":
+                words = arguments(args.out, args.family, flags, LEARNING_RATES[args.family][0], 0)
+                print(f"     {name}: python train.py @recipes/{Path(words[0]).name} {' '.join(words[1:])} --out runs/trial --overwrite")
 
 
 def main():
     args = parse_arguments()
+    out, more_flags = Path(args.out), f"--iterations {args.iterations}" if args.iterations else ""
     claims = [claim for claim in CLAIMS[args.family] if not args.claim or claim.number in args.claim]
-    if args.iterations:
-        for claim in claims:
-            claim.arms = {name: f"--iterations {args.iterations} {flags}" for name, flags in claim.arms.items()}
     if args.list:
-        for claim in claims:
-            print(f"{claim.number}. {claim.title} ({claim.paper})")
-            for name, flags in claim.arms.items():
-                print(f"     {name}: python train.py @recipes/{Path(BASE[args.family][1:]).name} {flags.format(out=args.out).split('|')[0]}")
-        return
-    out = Path(args.out)
+        return list_claims(args, claims, more_flags)
     fsdp.make_writable(out / args.family)
     if any("{out}/pairs" in flags for claim in claims for flags in claim.arms.values()):
-        model = models.load_model("gmm")
-        fsdp.make_writable(out / "pairs")
-        data.make_pairs(model, data.training_prompts(None, model), 4096, 50, 1.0, 0, out / "pairs")
-    runs = dict.fromkeys((flags, rate, seed) for seed in range(args.seeds) for claim in claims for flags in claim.arms.values()
+        data.make_pairs(out / "pairs", dict(model="gmm", prompts=None, count=4096, steps=50, guidance=1.0, seed=0))
+    runs = dict.fromkeys((*run, rate, seed) for seed in range(args.seeds) for claim in claims for run in claim.runs(more_flags).values()
                          for rate in LEARNING_RATES[args.family])
     todo = [run for run in runs if not run_file(out, args.family, *run).is_file()]
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"))
+    try:
         futures = [pool.submit(distil, out, args.family, *run) for run in todo]
-        try:
-            for future in tqdm(as_completed(futures), initial=len(runs) - len(todo), total=len(runs), unit="run"):
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    print(report(out, args.family, claims, args.seeds))
-    print(f"table and pictures: {out}")
+        for future in tqdm(as_completed(futures), initial=len(runs) - len(todo), total=len(runs), unit="run"):
+            future.result()
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise errors.UserError("interrupted; the finished runs are kept, and the same command goes on with the rest") from None
+    pool.shutdown()
+    # A quick look or a part of the claims gets a table of its own, so as not to replace that of the whole.
+    parts = [f"claims-{'-'.join(map(str, args.claim))}" if args.claim else "", f"iterations-{args.iterations}" if args.iterations else "",
+             f"seeds-{args.seeds}" if args.seeds != SEEDS[args.family] else ""]
+    where = out.joinpath("-".join(part for part in parts if part))
+    where.mkdir(exist_ok=True)
+    report(out, args.family, claims, args.seeds, more_flags, where)
 
 
 if __name__ == "__main__":

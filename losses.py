@@ -76,7 +76,7 @@ def normaliser(x, x0_real, floor):
 # ---------------------------------------------------------------------------------------------------- f-divergences
 
 # h(r) = r^2 f''(r) for r = p / q, teacher's over student's diffused density: grad D_f(p || q) = -E_q[h(r) (s_p - s_q) dx_t/dtheta],
-# 2502.15681. Every h but the first is largest where the teacher has the density and the student lacks it.
+# 2502.15681. All but the first two grow with r: they look hardest where the teacher has the density and the student lacks it.
 DIVERGENCES = {                                          # f(r)
     "reverse-kl": lambda r: torch.ones_like(r),          # -log r, which is DMD
     "softened-reverse-kl": lambda r: 1 / (r + 1),        # (r + 1) log(1/2 + 1 / (2 r))
@@ -88,7 +88,8 @@ DIVERGENCES = {                                          # f(r)
 
 
 def density_ratio(logit, low=0.1, high=20.0):
-    """r = p / q = exp(logit), logit being log p / q where the discriminator is optimal. Logits beyond +-10 and ratios beyond
+    """r = p / q = exp(logit), logit being log p / q where the discriminator is optimal. The head compares real data, not the teacher's
+    samples, with the student's: data stand in for the teacher (and for the guided teacher), as in the paper. Logits beyond +-10 and ratios beyond
     [low, high] are cut off.    2502.15681, as its released code has it.    Any shape -> that shape."""
     return logit.clamp(-10, 10).exp().clamp(low, high)
 

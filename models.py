@@ -301,8 +301,8 @@ def load_model(path, device="cpu", dtype=torch.float32):
     """A Stable Diffusion pipeline from a diffusers directory, a hub id, or one .safetensors file; or gmm.py's plane."""
     options = dict(safety_checker=None, feature_extractor=None)
     check_device(device)
-    if str(path) in ("gmm", "gmm-imperfect"):
-        import gmm  # which itself needs this module
+    import gmm  # which itself needs this module
+    if str(path) in gmm.NAMES:
         return gmm.Model(str(path), device, dtype)
     with quiet_libraries():
         from diffusers import StableDiffusionPipeline
@@ -321,6 +321,8 @@ def load_model(path, device="cpu", dtype=torch.float32):
 def lpips_loss(model):
     """LPIPS (1801.03924) of the pictures of two batches of latents, the second of which needs no gradient; the target network sees
     them enlarged to 224 pixels at least."""
+    if not hasattr(model, "pixels"):
+        raise UserError(f"--regression lpips compares pictures, and {model.name} has none: use --regression mse")
     try:
         import lpips
     except ImportError:
@@ -329,8 +331,6 @@ def lpips_loss(model):
         distance = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).to(model.device)
     except OSError as error:  # torchvision fetches VGG's weights when they are first used
         raise UserError(f"--regression lpips cannot get VGG's weights: {first_line(error)}") from None
-    if not hasattr(model, "pixels"):
-        raise UserError(f"--regression lpips compares pictures, and {model.name} has none: use --regression mse")
 
     def seen(x):
         pictures = model.pixels(x)

@@ -670,9 +670,9 @@ def test_which_parameters_receive_a_gradient(embedded_model, case, tmp_path, mon
     """Every variant on the embedded teacher: the student step gives all of the student's parameters a gradient and no other, the
     fake-score step all of the fake score's, head included, and no other."""
     flags = [str(tmp_path) if flag == "PAIRS" else flag for flag in GRADIENT_CASES[case]]
-    if "--pairs" in flags:
-        data.make_pairs(embedded_model, data.training_prompts(None, embedded_model), 3, 2, 1.0, 0, tmp_path)
     nets, _, _, args = setup(embedded_model, *flags)
+    if "--pairs" in flags:
+        data.make_pairs(tmp_path, dict(model=None, prompts=None, count=3, steps=2, guidance=args.guidance, seed=0))
     sources = train.open_sources(embedded_model, args)
     modules = {"student": nets.student, "fake score": nets.fake_score, "teacher": nets.teacher, "text": embedded_model.text_encoder,
                "decoder": embedded_model.vae, "average": nets.averaged_student}
@@ -704,7 +704,7 @@ def test_the_critic_reaches_the_encoder_half_and_the_denoising_loss_not_the_head
 
 
 def test_regression_follows_the_pairs(plane_model, tmp_path):
-    data.make_pairs(plane_model, data.training_prompts(None, plane_model), 5, 4, 1.0, 0, tmp_path)
+    data.make_pairs(tmp_path, dict(model="gmm", prompts=None, count=5, steps=4, guidance=3.0, seed=0))
     nets, cond, _, args = setup(plane_model, "--variant", "dmd", "--pairs", str(tmp_path))
     sources, x = train.open_sources(plane_model, args), torch.randn(2, 2, 1, 1)
     gradients = {}
@@ -719,9 +719,11 @@ def test_regression_follows_the_pairs(plane_model, tmp_path):
 
 
 def test_pairs_are_the_teacher_s_deterministic_samples(plane_model, tmp_path):
-    data.make_pairs(plane_model, data.training_prompts(None, plane_model), 300, 10, 2.0, 0, tmp_path)
-    pairs = data.Pairs(tmp_path, plane_model)
-    assert len(pairs.prompts) == 300 and sorted(path.name for path in tmp_path.iterdir()) == ["00000.safetensors", "00001.safetensors"]
+    config = dict(model="gmm", prompts=None, count=300, steps=10, guidance=2.0, seed=0)
+    data.make_pairs(tmp_path, config)
+    data.make_pairs(tmp_path, config | {"count": 400})  # the second shard is made again, whole
+    pairs = data.Pairs(tmp_path, plane_model, 2.0)
+    assert len(pairs.prompts) == 400 and sorted(path.name for path in tmp_path.iterdir()) == ["00000.safetensors", "00001.safetensors", "config.json"]
     expected = sample.teacher_row(plane_model, 10, 2.0).draw(pairs.noise.float()[None], plane_model.encode(pairs.prompts))
     torch.testing.assert_close(pairs.x0.float(), expected, atol=2e-3, rtol=2e-3)  # half precision
     noise, x0, prompts = pairs.draw(7, torch.Generator().manual_seed(0))

@@ -91,7 +91,7 @@ PLANE = ["--model", "gmm", "--batch-size", "8", "--fake-updates", "2", "--pictur
 @pytest.fixture(scope="module")
 def plane_pairs(tmp_path_factory):
     out = tmp_path_factory.mktemp("pairs") / "plane"
-    assert run("data.py", "--model", "gmm", "--out", out, "--count", 300, "--steps", 4, "--guidance", 1) == 0
+    assert run("data.py", "--model", "gmm", "--out", out, "--count", 300, "--steps", 4, "--guidance", 3) == 0
     return out
 
 
@@ -123,7 +123,7 @@ def test_pairs_are_made_once_and_go_on_where_they_stopped(plane_pairs, tmp_path,
     shutil.copytree(plane_pairs, tmp_path / "pairs")
     before = (tmp_path / "pairs" / "00000.safetensors").stat().st_mtime_ns
     (tmp_path / "pairs" / "00001.safetensors").unlink()  # as if interrupted before it
-    flags = ["--model", "gmm", "--out", tmp_path / "pairs", "--steps", 4, "--guidance", 1]
+    flags = ["--model", "gmm", "--out", tmp_path / "pairs", "--steps", 4, "--guidance", 3]
     assert run("data.py", *flags, "--count", 300) == 0
     assert (tmp_path / "pairs" / "00000.safetensors").stat().st_mtime_ns == before
     for name in ("00000", "00001"):
@@ -146,31 +146,36 @@ def test_laboratory_runs_a_claim_keeps_its_runs_and_writes_the_table(tmp_path, c
     flags = ["--claim", 12, "--seeds", 2, "--iterations", 10, "--jobs", 2, "--out", tmp_path]
     assert run("laboratory.py", *flags) == 0
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "gmm").glob("*.json")}
-    assert len(first) == 8  # 2 arms, 2 learning rates, 2 seeds
-    table = (tmp_path / "gmm.md").read_text()
-    assert "| 12 |" in table and "sliced_unguided" in table and (tmp_path / "gmm-12.png").is_file()
+    assert len(first) == 12  # 2 arms and the untrained network, 2 learning rates, 2 seeds
+    where = tmp_path / "claims-12-iterations-10-seeds-2"
+    table = (where / "gmm.md").read_text()
+    assert "| 12 |" in table and "sliced_unguided" in table and "| untrained |" in table and (where / "gmm-12.png").is_file()
+    assert "another version" not in capsys.readouterr().out
     next(iter(first)).unlink()
     assert run("laboratory.py", *flags) == 0
     second = {path: path.stat().st_mtime_ns for path in (tmp_path / "gmm").glob("*.json")}
     assert second.keys() == first.keys() and sum(first[path] != second[path] for path in first) == 1
-    assert (tmp_path / "gmm.md").read_text() == table  # the run that was lost came out the same
+    assert (where / "gmm.md").read_text() == table  # the run that was lost came out the same
 
 
 def test_every_arm_of_the_laboratory_is_a_command_that_train_py_takes():
     for family, claims in laboratory.CLAIMS.items():
         for claim in claims:
-            arms = {name: train.parse_arguments(laboratory.arguments("x", family, flags.split("|")[0]))
+            arms = {name: train.parse_arguments(laboratory.arguments("x", family, flags, "1e-3", 0))
                     for name, flags in claim.arms.items()}
             for (arm_a, _), sign, (arm_b, _) in claim.expected:
-                assert arm_a in arms and arm_b in arms and sign in "<>"
+                assert {arm_a, arm_b} <= arms.keys() | {"untrained"} and sign in "<>"
             budgets = {(args.iterations, args.batch_size, args.guidance, args.student_steps) for args in arms.values()}
             assert len(budgets) == 1  # no arm of a claim gets more than another
 
 
-def test_verdicts_need_two_standard_errors():
+def test_verdicts_need_a_95_percent_interval():
     claim = laboratory.Claim(1, "", "", {}, (), [(("a", "kl"), "<", ("b", "kl")), (("a", "kl"), ">", ("b", "kl")), (("a", "near"), ">", ("b", "near"))])
-    arms = {"a": [{"kl": 1.0, "near": 0.1}, {"kl": 1.1, "near": 0.9}], "b": [{"kl": 2.0, "near": 0.2}, {"kl": 2.2, "near": 0.1}]}
-    assert list(laboratory.judge(claim, arms).values()) == [True, False, None]
+    arms = {"a": [{"kl": 1.0, "near": 0.1}, {"kl": 1.1, "near": 0.9}], "b": [{"kl": 2.0, "near": 0.2}, {"kl": 2.1 + 1e-3}]}
+    verdicts = laboratory.judge(claim, arms)  # the second run of b did not live to have its `near` measured
+    assert list(verdicts.values()) == ["yes", "opposite", "not resolved"] and laboratory.in_words(verdicts) == "1 yes, 1 opposite, 1 not resolved"
+    arms["b"][1]["kl"] = 2.3  # a difference of 1.1 +- 0.1: within Student's interval for one degree of freedom
+    assert list(laboratory.judge(claim, arms).values())[0] == "not resolved"
 
 
 def test_interrupted_run_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
@@ -327,9 +332,14 @@ def bad_inputs():
         ("train.py", ["--student-steps", "2000"], "noise levels"),
         ("train.py", ["--guidance", "nan"], "above 0"),
         ("train.py", ["--divergence", "js", "--gan-weight", "0"], "needs a --gan-weight above 0"),
-        ("train.py", ["--gan-weight", "-1"], "above 0"),
+        ("train.py", ["--gan-weight", "-1"], "0 or above"),
+        ("train.py", ["--dm-weight", "0", "--ca-weight", "0", "--gan-weight", "0.00"], "nothing moves the student"),
+        ("train.py", ["--mean-variance-target", "nan", "1"], "are not a mean and a variance"),
+        ("train.py", ["--model", "gmm", "--variant", "dmd", "--pairs", "{tmp}/pairs", "--guidance", "7"], "made with guidance 3, the run has 7"),
+        ("train.py", ["--model", "gmm", "--variant", "dmd", "--pairs", "{tmp}/unfinished-pairs"], "holds 256 of 300 pairs"),
+        ("train.py", ["--model", "gmm", "--variant", "dmd", "--pairs", "{tmp}/pairs", "--regression", "lpips"], "compares pictures"),
         ("train.py", ["--schedule", "mixed"], "invalid choice"),
-        ("train.py", ["--mean-variance-target", "0", "0"], "is not above 0"),
+        ("train.py", ["--mean-variance-target", "0", "0"], "are not a mean and a variance"),
         ("train.py", ["--variant", "dmd"], "needs noise-image pairs"),
         ("train.py", ["--variant", "dmd", "--pairs", "{tmp}/absent"], "no noise-image pairs in"),
         ("train.py", ["--variant", "dmd", "--pairs", "{tmp}/damaged-pairs"], "damaged or holds no noise-image pairs"),
@@ -337,7 +347,7 @@ def bad_inputs():
         ("train.py", ["--model", "{tmp}/elsewhere", "--variant", "dmd2"], "need real data"),
         ("train.py", ["--model", "{tmp}/elsewhere", "--variant", "decoupled", "--student-input", "data"], "need real data"),
         ("train.py", ["--model", "gmm", "--prompts", "{tmp}/words.txt", "--out", "{tmp}/words"], "'cat' is no prompt of gmm"),
-        ("train.py", ["@{tmp}/absent.args"], "absent.args"),
+        ("train.py", ["@{tmp}/absent.args"], "the recipe cannot be read: No such file"),
         ("data.py", [], "--out"),
         ("data.py", ["--out", "/proc/nowhere"], "cannot be written to"),
         ("data.py", ["--out", "{tmp}/many", "--steps", "5000"], "noise levels"),
@@ -375,6 +385,8 @@ def places(finished, plane_pairs, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("bad")
     shutil.copytree(plane_pairs, tmp / "pairs")
     shutil.copytree(plane_pairs, tmp / "damaged-pairs")
+    shutil.copytree(plane_pairs, tmp / "unfinished-pairs")
+    (tmp / "unfinished-pairs" / "00001.safetensors").unlink()
     file = tmp / "damaged-pairs" / "00000.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     (tmp / "words.txt").write_text("cat\n")
@@ -399,9 +411,10 @@ def test_bad_input_is_one_line_and_status_2_and_changes_nothing(script, argument
     assert before == {path: path.stat().st_mtime_ns for path in Path(places["run"]).rglob("*")}
 
 
-def test_lpips_that_is_not_installed_is_one_line(plane_pairs, capsys, monkeypatch):
+def test_lpips_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    assert run("train.py", "--model", "gmm", "--variant", "dmd", "--pairs", plane_pairs, "--regression", "lpips") == 2
+    assert run("data.py", "--out", tmp_path / "pairs", "--count", 2, "--steps", 2) == 0
+    assert run("train.py", "--variant", "dmd", "--pairs", tmp_path / "pairs", "--regression", "lpips") == 2
     assert "--regression lpips needs a package that is not installed: pip install lpips" in capsys.readouterr().err
 
 

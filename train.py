@@ -114,10 +114,13 @@ def check_arguments(args, parser):
     if args.divergence != "reverse-kl" and args.gan_weight == 0:
         parser.error(f"--divergence {args.divergence} reads the density ratio off the GAN's head: it needs a --gan-weight above 0")
     if args.regression_weight > 0 and not args.pairs:
-        parser.error("--regression-weight needs noise-image pairs: make them with `python data.py --out DIR`, then name them with "
-                     "--pairs DIR, or leave the regression out with --regression-weight 0")
-    if args.mean_variance_target and args.mean_variance_target[1] <= 0:
-        parser.error(f"argument --mean-variance-target: a variance of {args.mean_variance_target[1]} is not above 0")
+        parser.error(f"--regression-weight needs noise-image pairs: make them with `python data.py --out DIR{f' --model {args.model}' if args.model else ''} "
+                     f"--guidance {args.guidance:g}`, then name them with --pairs DIR, or leave the regression out with --regression-weight 0")
+    if not any((args.dm_weight, args.ca_weight, args.gan_weight, args.regression_weight, args.mean_variance_weight)):
+        parser.error("nothing moves the student: --dm-weight, --ca-weight, --gan-weight, --regression-weight and --mean-variance-weight are all 0")
+    mean, variance = args.mean_variance_target or (0.0, 1.0)
+    if not (math.isfinite(mean) and 0 < variance < math.inf):
+        parser.error(f"argument --mean-variance-target: {mean} and {variance} are not a mean and a variance above 0")
 
 
 @dataclass
@@ -131,7 +134,7 @@ class Sources:
 def open_sources(model, args):
     prompts = data.training_prompts(args.prompts, model)
     real = data.real_data(model) if args.gan_weight > 0 or args.student_input == "data" else None
-    return Sources(prompts, real, data.Pairs(args.pairs, model) if args.regression_weight > 0 else None)
+    return Sources(prompts, real, data.Pairs(args.pairs, model, args.guidance) if args.regression_weight > 0 else None)
 
 
 class Draws:
@@ -166,7 +169,8 @@ class Networks:
         self.fake_score = models.FakeScore(copy.deepcopy(model.origin), head).requires_grad_(True).to(model.device)
         self.student_optimizer = torch.optim.AdamW(self.student.parameters(), lr=args.learning_rate, weight_decay=0.01)
         self.fake_optimizer = torch.optim.AdamW(self.fake_score.parameters(), lr=args.fake_learning_rate, weight_decay=0.01)
-        self.regression_loss = models.lpips_loss(model) if args.regression == "lpips" else losses.regression_loss
+        lpips = args.regression == "lpips" and args.regression_weight > 0
+        self.regression_loss = models.lpips_loss(model) if lpips else losses.regression_loss
 
     def parts(self):
         """All that changes, by the names it has in state.pt."""
@@ -221,8 +225,8 @@ def student_step(networks, x, t_student, cond, sources, draws, args):
     with torch.set_grad_enabled(args.gan_weight > 0):
         x0_fake, logit = networks.fake_score(x_dm, t_dm, cond)                                     # (B, C, H, W), (B,)
     with torch.no_grad():
-        scale = args.guidance if args.schedule == "coupled" or args.normaliser == "guided" else 1
-        x0_cond, x0_uncond = models.cond_and_uncond_x0(networks.teacher, x_dm, t_dm, cond, networks.uncond, scale)
+        needed = args.guidance if args.schedule == "coupled" or args.normaliser == "guided" else 1  # else DM needs no x0_uncond
+        x0_cond, x0_uncond = models.cond_and_uncond_x0(networks.teacher, x_dm, t_dm, cond, networks.uncond, needed)
         x0_cond_ca, x0_uncond_ca = x0_cond, x0_uncond
         if args.schedule != "coupled":
             x_ca = schedule.add_noise(x, draws.normal(*x.shape), t_ca)
@@ -237,7 +241,8 @@ def student_step(networks, x, t_student, cond, sources, draws, args):
         ca = ca / losses.normaliser(free_x.detach(), models.guide(x0_cond_ca, x0_uncond_ca, scale), args.normaliser_floor)
     if args.divergence != "reverse-kl":  # f-distill: weigh what was read at the very x_t and t whose ratio it is
         h = divergence_weight(networks.fake_score, logit.detach(), t_dm, T, args.divergence).view(-1, 1, 1, 1)
-        dm, ca = h * dm, h * ca if args.schedule == "coupled" else ca
+        dm = h * dm
+        ca = h * ca if args.schedule == "coupled" else ca
 
     # The student's update, as a gradient with respect to x: that of losses.surrogate_loss(x, dm + ca), and of what is added.
     gradient = (dm + ca) / x.numel()
@@ -512,12 +517,15 @@ def benchmark(networks, sources, args):
                 networks.teacher(torch.cat([x, x]) if args.guidance != 1 else x, 500, twice if args.guidance != 1 else cond)
                 if args.schedule != "coupled":
                     networks.teacher(x, 500, cond)
+                    if args.normaliser == "guided" and args.guidance != 1:
+                        networks.teacher(x, 500, cond)
         if student_turn:
             with torch.set_grad_enabled(args.gan_weight > 0):
                 _, logit = networks.fake_score(free_x, 500, cond)
             if args.gan_weight > 0:
                 torch.autograd.grad(logit.sum(), free_x)
-            networks.student(x, 500, cond).backward(x)
+            for _ in range(1 + (args.regression_weight > 0)):
+                networks.student(x, 500, cond).backward(x)
         x0, logit = networks.fake_score(x, 500, cond)
         loss = x0.sum()
         if args.gan_weight > 0:
