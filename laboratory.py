@@ -1,6 +1,6 @@
 """The papers' claims, tried: which variant does what, with seeds and error bars.
 
-    python laboratory.py                     # every claim on the plane of gmm.py, about half an hour on two cores
+    python laboratory.py                     # every claim on the plane of gmm.py, about 40 minutes on two cores
     python laboratory.py --claim 1 9         # these two
     python laboratory.py --family emoji      # claims 1, 6, 9 and 10 on the embedded teacher, about an hour
     python laboratory.py --list              # what is claimed, and the flags of every arm

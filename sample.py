@@ -205,7 +205,7 @@ def main():
         x0, seconds = timed(row, noise, cond)
         seconds /= len(prompts)
         first = first or seconds
-        label = f"{row.label}\n{seconds * 1000:.{0 if seconds > 0.02 else 1}f} ms a picture\n{first / seconds:.3g} x the speed"
+        label = f"{row.label}\n{seconds * 1000:.3g} ms a picture\n{first / seconds:.3g} x the speed"
         print(label.replace("\n", ", "))
         drawn.append((label, x0))
     if hasattr(model, "draw_rows"):  # the plane: clouds of points
