@@ -146,7 +146,7 @@ def test_laboratory_runs_a_claim_keeps_its_runs_and_writes_the_table(tmp_path, c
     flags = ["--claim", 12, "--seeds", 2, "--iterations", 10, "--jobs", 2, "--out", tmp_path]
     assert run("laboratory.py", *flags) == 0
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "gmm").glob("*.json")}
-    assert len(first) == 12  # 2 arms and the untrained network, 2 learning rates, 2 seeds
+    assert len(first) == 10  # 2 arms at 2 learning rates and the untrained network, 2 seeds
     where = tmp_path / "claims-12-iterations-10-seeds-2"
     table = (where / "gmm.md").read_text()
     assert "| 12 |" in table and "sliced_unguided" in table and "| untrained |" in table and (where / "gmm-12.png").is_file()
