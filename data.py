@@ -139,11 +139,15 @@ class Pairs:
     def __init__(self, folder, model, guidance):
         files = sorted(Path(folder).glob("[0-9]*.safetensors"))
         command = f"python data.py --out {folder} --model {model.name} --guidance {guidance:g}"
-        if not files or not (Path(folder) / "config.json").is_file():
+        try:
+            config = json.loads((Path(folder) / "config.json").read_text())
+            made_with, count = float(config["guidance"]), int(config["count"])
+        except (OSError, ValueError, TypeError, KeyError):
+            files = []
+        if not files:
             raise UserError(f"there are no noise-image pairs in {folder}: make them with {command}")
-        config = json.loads((Path(folder) / "config.json").read_text())
-        if config["guidance"] != guidance:
-            raise UserError(f"the pairs in {folder} were made with guidance {config['guidance']:g}, the run has {guidance:g}: make others with {command}")
+        if made_with != guidance:
+            raise UserError(f"the pairs in {folder} were made with guidance {made_with:g}, the run has {guidance:g}: make others with {command}")
         shards, self.prompts, self.model = [], [], model
         for file in files:
             tensors, prompts = read_pairs(file)
@@ -151,8 +155,8 @@ class Pairs:
                 raise UserError(f"{file} holds pairs of shape {tuple(tensors['noise'].shape[1:])}; {model.name} has {model.sample_shape}")
             shards.append(tensors)
             self.prompts += prompts
-        if len(self.prompts) < config["count"]:
-            raise UserError(f"{folder} holds {len(self.prompts)} of {config['count']} pairs: finish them with the command that began them")
+        if len(self.prompts) < count:
+            raise UserError(f"{folder} holds {len(self.prompts)} of {count} pairs: finish them with the command that began them")
         self.noise = torch.cat([shard["noise"] for shard in shards])
         self.x0 = torch.cat([shard["x0"] for shard in shards])
 

@@ -1,7 +1,7 @@
 """The laboratory's model family: a labelled mixture of Gaussians in the plane, whose scores are known exactly.
 
-    python train.py --model gmm --student-steps 1 --guidance 1     # a run of seconds, with pictures
-    python laboratory.py                                           # the papers' claims, tried on it
+    python train.py @recipes/gmm.args     # a run of seconds, with pictures
+    python laboratory.py                  # the papers' claims, tried on it
 
 The teacher is no trained network but the closed form of E[x0 | x_t, label], so that nothing a student does wrong can be blamed on
 it. Student and fake score start as a small network that is fitted to the teacher in a few seconds. A sample is two numbers, kept

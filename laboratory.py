@@ -258,9 +258,10 @@ class PlaneMeter:
 
 
 def ratio_figures(networks, sources, args, catch_up=300, batches=24, batch=256):
-    """For every divergence, at the present student, which is held still while fake score and head catch up with it: variance of h over its squared mean, with r as the head gives it and with r
-    divided by its mean in its time bin; and the noise of the student's gradient, sum of variances over squared norm of the
-    mean, from batch to batch, with h as it is, with binned r, and with h divided by its batch mean as well."""
+    """For every divergence, at the present student, which is held still while fake score and head catch up with it: variance of h
+    over its squared mean, with r as the head gives it and with r divided by its mean in its time bin; and the noise of the
+    student's gradient, sum of variances over squared norm of the mean, from batch to batch, with h as it is, with binned r, and
+    with h divided by its batch mean as well."""
     draws = train.Draws(args.seed, 10_000_000, networks.model.device)
     cond = {"class_labels": torch.arange(batch) % gmm.LABELS}
 
@@ -272,7 +273,7 @@ def ratio_figures(networks, sources, args, catch_up=300, batches=24, batch=256):
     T, readings = len(networks.schedule), []
     for _ in range(batches):
         x = student_samples()
-        t = draws.integers(int(0.02 * T), int(0.98 * T) + 1, (batch,))
+        t, _ = train.draw_levels("coupled", networks.timesteps[0], batch, T, draws)
         with torch.no_grad():
             x_t = networks.schedule.add_noise(x, draws.normal(*x.shape), t)
             x0_fake, logit = networks.fake_score(x_t, t, cond)
