@@ -141,11 +141,6 @@ def compute_in(dtype, device):
         yield
 
 
-def select(cond, index):
-    """The rows `index` of every conditioning tensor."""
-    return {name: tensor[index] for name, tensor in cond.items()}
-
-
 def cond_and_uncond_x0(teacher, x_t, t, cond, uncond, guidance):
     """The teacher's x0 with and without the condition, in one pass over twice the batch. Without guidance (scale 1) the latter
     is not needed: the former stands for both."""
