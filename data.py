@@ -40,6 +40,45 @@ def mix_seed(seed, index):
     return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
 
 
+class Draws:
+    """Random numbers for the samples of a batch, from a seed and an index (of the iteration, say) alone.
+
+    All of them are one stream. Every call takes the whole batch's numbers off it and skips those of the samples that other
+    processes have: sample i gets the same numbers however many processes there are. And since nothing but seed and index goes into
+    it, a run can stop anywhere and go on bit for bit, with no state of a generator saved.
+    """
+
+    def __init__(self, seed, index, batch_size, share=None, device="cpu"):
+        self.bits = np.random.PCG64(np.random.SeedSequence([seed, index]))
+        self.stream, self.device = np.random.Generator(self.bits), device
+        self.batch_size, self.share = batch_size, share or range(batch_size)
+
+    def __len__(self):
+        return len(self.share)
+
+    def uniform(self, *shape):
+        """(B, *shape) in [0, 1), float64, on the CPU, where B is this process's share of the batch."""
+        each = math.prod(shape)
+        self.bits.advance(self.share.start * each)
+        u = torch.from_numpy(self.stream.random((len(self), *shape)))
+        self.bits.advance((self.batch_size - self.share.stop) * each)
+        return u
+
+    def below(self, count):
+        """One whole number below `count`, the same for all samples and processes."""
+        return int(self.stream.random() * count)
+
+    def integers(self, low, high):
+        """(B,) from low to high - 1."""
+        return (low + (high - low) * self.uniform()).long().to(self.device)
+
+    def normal(self, *shape):
+        """(B, *shape), float32. By the normal distribution's inverse, which takes one number of the stream for each: as many as are
+        skipped for other samples."""
+        u = 2 * self.uniform(*shape) - (1 - 2 ** -53)                                              # in (-1, 1)
+        return (math.sqrt(2) * torch.erfinv(u)).float().to(self.device)
+
+
 # ---------------------------------------------------------------------------------------------------- prompts
 
 def emoji_captions():
@@ -48,17 +87,18 @@ def emoji_captions():
     return [(chr(int(code, 16)), caption) for code, caption in rows]
 
 
-def drop_words(caption, generator, empty):
-    """One training prompt from a full caption: a share `empty` without any word (which trains the unconditional branch that
-    guidance needs), 20 % with some words missing (so that "cat" alone is a prompt too), the rest in full."""
-    u = torch.rand((), generator=generator).item()
-    if u < empty:
+LONGEST = 32  # words of a caption
+
+
+def drop_words(caption, u, empty):
+    """One training prompt from a full caption and 2 + LONGEST uniform numbers u: a share `empty` without any word (which trains the
+    unconditional branch that guidance needs), 20 % with some words missing (so that "cat" alone is a prompt too), the rest in full."""
+    if u[0] < empty:
         return ""
-    if u < empty + 0.20:
+    if u[0] < empty + 0.20:
         words = caption.split()
-        keep = torch.rand(len(words), generator=generator) < 0.5
-        keep[torch.randint(len(words), (), generator=generator)] = True
-        return " ".join(word for word, kept in zip(words, keep.tolist()) if kept)
+        stays = int(u[1] * len(words))
+        return " ".join(word for i, word in enumerate(words) if i == stays or u[2 + i] < 0.5)
     return caption
 
 
@@ -68,9 +108,11 @@ class Prompts:
     def __init__(self, texts, vary):
         self.texts, self.vary = texts, vary
 
-    def draw(self, count, generator):
-        index = torch.randint(len(self.texts), (count,), generator=generator).tolist()
-        return [drop_words(self.texts[i], generator, empty=0.0) if self.vary else self.texts[i] for i in index]
+    def draw(self, draws):
+        texts = [self.texts[int(u * len(self.texts))] for u in draws.uniform().tolist()]
+        if self.vary:
+            texts = [drop_words(text, u, empty=0.0) for text, u in zip(texts, draws.uniform(2 + LONGEST).tolist())]
+        return texts
 
 
 def read_prompts(path):
@@ -99,7 +141,7 @@ def training_prompts(path, model):
 # ---------------------------------------------------------------------------------------------------- real data
 
 def real_data(model):
-    """What the GAN takes for real, or noises as the student's input: draw(count, generator) -> latents, prompts."""
+    """What the GAN takes for real, or noises as the student's input: draw(draws) -> latents, prompts."""
     if hasattr(model, "real_data"):
         return model.real_data()
     if model.name == str(EMOJI_TEACHER):
@@ -118,13 +160,12 @@ class EmojiData:
         self.known = torch.zeros(len(self.captions) * views, dtype=torch.bool)
         self.x = torch.zeros(len(self.known), *model.sample_shape, device=model.device)
 
-    def draw(self, count, generator):
-        view = torch.randint(len(self.known), (count,), generator=generator)
-        new = view[~self.known[view]].unique()
-        if len(new):
-            moved = [shift_and_scale(self.pictures[i // self.views, None], torch.Generator().manual_seed(mix_seed(i, 0))) for i in new.tolist()]
-            self.x[new], self.known[new] = self.model.latents(torch.cat(moved)), True
-        prompts = [drop_words(self.captions[i // self.views], generator, empty=0.0) for i in view.tolist()]
+    def draw(self, draws):
+        view = (draws.uniform() * len(self.known)).long()
+        for i in view[~self.known[view]].tolist():  # one at a time: rounding then does not depend on what else is new
+            moved = shift_and_scale(self.pictures[i // self.views, None], torch.Generator().manual_seed(mix_seed(i, 0)))
+            self.x[i], self.known[i] = self.model.latents(moved)[0], True
+        prompts = [drop_words(self.captions[i // self.views], u, empty=0.0) for i, u in zip(view.tolist(), draws.uniform(2 + LONGEST).tolist())]
         return self.x[view], prompts                                                               # (B, C, h, w), B prompts
 
 
@@ -160,9 +201,9 @@ class Pairs:
         self.noise = torch.cat([shard["noise"] for shard in shards])
         self.x0 = torch.cat([shard["x0"] for shard in shards])
 
-    def draw(self, count, generator):
+    def draw(self, draws):
         """noise (B, C, H, W), x0 (B, C, H, W), list of B prompts"""
-        index = torch.randint(len(self.prompts), (count,), generator=generator)
+        index = (draws.uniform() * len(self.prompts)).long()
         device = self.model.device
         return self.noise[index].to(device).float(), self.x0[index].to(device).float(), [self.prompts[i] for i in index.tolist()]
 
@@ -182,7 +223,7 @@ def read_pairs(file):
 def make_pairs(out, config, device="cpu"):
     """Shards of up to 256 pairs, each from a seed of its own: those that are there already, whole, are not made again. config: model,
     prompts, count, steps, guidance and seed, as `python data.py` takes them."""
-    import fsdp
+    import checkpoint
     import models
     import sample
     model = models.load_model(config["model"] or EMOJI_TEACHER, device)
@@ -190,24 +231,24 @@ def make_pairs(out, config, device="cpu"):
         raise UserError(f"--steps {config['steps']} is more than the model's {len(model.schedule)} noise levels")
     out, count, prompts = Path(out), config["count"], training_prompts(config["prompts"], model)
     if (out / "config.json").is_file():
-        fsdp.check_same_configuration(out, config, may_differ=("count",))
-    fsdp.make_writable(out)
-    fsdp.replace_file(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+        checkpoint.check_same_configuration(out, config, may_differ=("count",))
+    checkpoint.make_writable(out)
+    checkpoint.replace_file(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
     row = sample.teacher_row(model, config["steps"], config["guidance"])
     shards = {out / f"{i:05d}.safetensors": (i, min(SHARD, count - i * SHARD)) for i in range(math.ceil(count / SHARD))}
     todo = {file: shard for file, shard in shards.items() if not file.is_file() or len(read_pairs(file)[1]) < shard[1]}
     with tqdm(total=count, initial=count - sum(size for _, size in todo.values()), unit="pair") as bar:
         for file, (i, size) in todo.items():
-            generator = torch.Generator().manual_seed(mix_seed(config["seed"], i))
-            texts = prompts.draw(size, generator)
-            noise = torch.randn(size, *model.sample_shape, generator=generator).half()  # as it is stored, so that the pair fits
+            draws = Draws(config["seed"], i, size)
+            texts = prompts.draw(draws)
+            noise = draws.normal(*model.sample_shape).half()  # as it is stored, so that the pair fits
             x0 = []
             for part, text in zip(noise.split(64), (texts[k:k + 64] for k in range(0, size, 64))):
                 x0.append(row.draw(part.float().to(model.device)[None], model.encode(text)).half().cpu())
                 bar.update(len(part))
             tensors = {"noise": noise, "x0": torch.cat(x0)}
-            fsdp.replace_file(file, lambda path: save_file(tensors, path, metadata={"prompts": json.dumps(texts)}))
+            checkpoint.replace_file(file, lambda path: save_file(tensors, path, metadata={"prompts": json.dumps(texts)}))
 
 
 # ---------------------------------------------------------------------------------------------------- emoji pictures

@@ -1,4 +1,4 @@
-"""What every entry point does with bad input: one line that says what is wrong and what to do, and exit status 2."""
+"""What every entry point does with bad input: one line that says what is wrong and what to do, and an exit status."""
 
 import argparse
 import difflib
@@ -6,7 +6,11 @@ import sys
 
 
 class UserError(Exception):
-    """Something the user can mend."""
+    """Something the user can mend. status is what the command exits with."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -36,8 +40,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if message.startswith("[Errno"):  # argparse's words for an @FILE that it cannot open
             message = f"the recipe cannot be read: {message.split('] ', 1)[-1]}"
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(message)
 
 
 def positive(text):
@@ -77,9 +80,12 @@ def weight(text):
 
 
 def run(main):
-    """Call main; a UserError becomes its one line and exit status 2."""
+    """Call main; a UserError becomes its one line and exit status."""
     try:
         main()
     except UserError as error:
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 import errors
-import fsdp
+import checkpoint
 import sample
 
 COVERAGE_WORDS = ("cat", "heart", "moon")
@@ -214,7 +214,7 @@ def main():
               "guidance": guidance, "seed": args.seed, "samples": args.samples, "coverage_samples": COVERAGE_SAMPLES, "coverage_repeats": COVERAGE_REPEATS,
               "rows": [{"label": label} | {name: {"value": value, "standard_error": error} for name, (value, error) in figures.items()}
                        for label, figures in table]}
-    fsdp.replace_file(out, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
+    checkpoint.replace_file(out, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
     print(f"numbers: {out}")
 
 

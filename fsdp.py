@@ -1,134 +1,232 @@
-"""What training does to parameters besides computing gradients: clipping, saving and resuming. One process so far."""
+"""Several processes on one run: how they meet, what each of them holds of a network and in which precision, and what they agree on.
 
-import contextlib
+    python train.py                                              # one process: nothing below does anything
+    torchrun --standalone --nproc_per_node=2 train.py            # one machine
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py --shard hybrid
+
+Each process works on its share of the batch. Of a network's parameters, gradients and optimizer state it holds 1/N (FSDP2's
+fully_shard): before a block runs, its parameters are gathered from the others, and after its backward pass each process keeps
+its part of the gradient's mean over all. So N processes take the very step that one would take on the whole batch.
+"""
+
+import datetime
 import json
 import os
-import shutil
-from pathlib import Path
+import sys
+import time
+import traceback
 
 import torch
-from safetensors import SafetensorError
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+import errors
 from errors import UserError
 
-STATE = "state.pt"
+# Diffusers' UNets are made of these two. A block is gathered when it runs and let go after it, so at no time are there more whole
+# parameters than those of two blocks (the second is the next one's, on its way) and of the few layers between blocks.
+BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 
 
 class NotFinite(Exception):
     """A loss or gradient that is no number any more."""
 
 
-def refuse_several_processes():
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training in several processes is not supported yet: start it as python train.py")
+# ---------------------------------------------------------------------------------------------------- processes
+
+def launched():
+    """Whether torchrun, or a launcher that sets the same variables, started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
+def first():
+    """Whether this is the process that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text):
+    if first():
+        print(text, flush=True)
+
+
+def own_device(device):
+    """A launcher's processes take one GPU each."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if launched() and device == "cuda" else device
+
+
+def start(shard, device, timeout):
+    """Meet the other processes. Returns the mesh that networks are sharded over, None if there is no launcher.
+
+    full: one shard a process. hybrid: shards within a node, whose links are fast, and a replica on each node. none: a replica a
+    process. A collective that waits for longer than `timeout` seconds is an error.
+    """
+    if not launched():
+        return None
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout))
+    in_node = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    if shard == "hybrid" and world() % in_node:
+        raise UserError(f"--shard hybrid needs as many processes on each node: {world()} are no multiple of {in_node}")
+    shape = {"full": (1, world()), "hybrid": (world() // in_node, in_node), "none": (world(), 1)}[shard]  # replicas, shards
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicas", "shards"))
+    return mesh["shards"] if shard == "full" else mesh
+
+
+def share(batch_size):
+    """The samples of a batch that are this process's."""
+    if batch_size % world():
+        raise UserError(f"--batch-size {batch_size} cannot be shared by {world()} processes: it is no multiple of {world()}")
+    each = batch_size // world()
+    return range(rank() * each, (rank() + 1) * each)
 
 
 def sum_over_processes(tensor):
-    """The tensor itself in a single process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
     return tensor
 
 
+def mean_over_processes(tensor):
+    return sum_over_processes(tensor) / world()
+
+
+def largest_over_processes(number):
+    """A whole number that all processes then agree on."""
+    if dist.is_initialized():
+        tensor = torch.tensor(number)  # on the CPU, so that no accelerator has to be waited for
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        number = tensor.item()
+    return number
+
+
+def from_first(decide):
+    """What the first process gets from calling decide(), for all of them."""
+    decided = [decide() if first() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(decided)
+    return decided[0]
+
+
+def from_all(thing, group=None):
+    """[each process's thing]"""
+    things = [thing]
+    if dist.is_initialized():
+        things = [None] * world()
+        dist.all_gather_object(things, thing, group=group)
+    return things
+
+
+# ---------------------------------------------------------------------------------------------------- networks
+
+def shard(module, mesh, device, dtype):
+    """Leave this process its part of the module's parameters, on the device. Without a mesh it gets the whole module.
+
+    Master weights and optimizer state are float32. With dtype bfloat16 parameters are gathered as such, which halves the
+    traffic, and gradients are still averaged in float32. Inputs are left alone: autocast (models.compute_in) casts where it pays,
+    and x_t has to stay float32 for the x0 arithmetic.
+    """
+    if mesh is None or not any(True for _ in module.parameters()):
+        return module.to(device)
+    # The outermost module too is let go after its forward pass. FSDP would keep it, for the backward pass that mostly follows; but
+    # the averaged student has none, and would go on with what it was before its parameters moved.
+    options = {"mesh": mesh, "reshard_after_forward": True,
+               "mp_policy": MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False)}
+    blocks = [block for block in module.modules() if type(block).__name__ in BLOCKS]
+    for block in blocks:
+        fully_shard(block, **options)
+    fully_shard(module, **options)
+    module.to(device)  # buffers: fully_shard has moved the parameters, block by block
+    prefetch(module, blocks)
+    return module
+
+
+def prefetch(module, blocks):
+    """Let each block gather the parameters of the one that runs after it. The first pass tells which that is: a UNet's blocks are not
+    registered in the order in which they run."""
+    order = []
+
+    def note(block, inputs):
+        order.append(block)
+
+    def link(module, inputs, output):
+        for handle in handles:
+            handle.remove()
+        for block, following in zip(order, order[1:]):
+            block.set_modules_to_forward_prefetch([following])
+
+    handles = [block.register_forward_pre_hook(note) for block in blocks] + [module.register_forward_hook(link)]
+
+
+def whole(tensor):
+    """A sharded tensor as a plain one; every process has to call this. A plain one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, dist.tensor.DTensor) else tensor
+
+
+def whole_state(module):
+    """The module's state_dict, unsharded and on the CPU, for the first process; None for the others."""
+    state = {}
+    for name, tensor in module.state_dict().items():  # one after another: the whole of a large network may not fit
+        tensor = whole(tensor)
+        if first():
+            state[name] = tensor.detach().to("cpu", copy=True)
+    return state if first() else None
+
+
 def clip_gradients(module, max_norm, name):
-    """Scale the gradients to a global norm of at most max_norm; returns the norm before. Raises NotFinite, before any
+    """Scale the gradients to a norm, over all processes, of at most max_norm; returns the norm before. Raises NotFinite, before any
     optimizer has moved, so that the parameters are still the last good ones."""
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
+    if not norm.isfinite():
+        raise NotFinite(f"the gradient of the {name} is not finite")
+    torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------------- failing together
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "remote process exited", "NCCL")
+
+
+def run(main):
+    """errors.run for a command that torchrun may start: of several processes that fail, the first one says why, and none hangs.
+
+    The launcher ends the other processes as soon as one has failed. So a process that failed for the same reason as its
+    neighbours, or because another one is gone, gives it time to do so before it says anything itself.
+    """
+    if not launched():
+        return errors.run(main)
     try:
-        return torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm, error_if_nonfinite=True)
-    except RuntimeError as error:
-        if "non-finite" not in str(error):
-            raise
-        raise NotFinite(f"the gradient of the {name} is not finite") from None
+        main()
+    except Exception as error:
+        lost = isinstance(error, dist.DistError) or any(words in str(error) for words in LOST)
+        time.sleep(2 * int(os.environ.get("LOCAL_RANK", "0")) + (30 if lost else 0))
+        script, rank = os.path.basename(sys.argv[0]), os.environ["RANK"]
+        if isinstance(error, UserError):
+            text = f"{script}: {error}"
+        else:
+            text = f"{traceback.format_exc()}{script}: process {rank} failed: " + ("it has lost another process: " if lost else "") + str(error)
+        print(text, file=sys.stderr, flush=True)
+        tell_launcher(text.splitlines()[-1])
+        # No clean end: a checkpoint that is being written may wait for a process that is gone.
+        os._exit(error.status if isinstance(error, UserError) else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def prepare_run_directory(out, resume, overwrite, bytes_needed):
-    """Make sure that the run can be written to before anything is computed, and that no earlier run is lost."""
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file")
-    if not resume and out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise UserError(f"{out} holds an earlier run: go on with --resume, replace it with --overwrite, or choose another --out")
-        if not (out / "config.json").is_file():
-            raise UserError(f"{out} is not empty and is no run directory, so --overwrite does not touch it")
-    make_writable(out)
-    free = shutil.disk_usage(out).free
-    if free < bytes_needed:
-        raise UserError(f"--out {out} has {free / 1e6:.0f} MB free, and this run needs {bytes_needed / 1e6:.0f} MB")
-    if not resume:
-        for path in out.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return out
-
-
-def make_writable(out):
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".probe"
-        probe.write_bytes(b"\0" * 65536)
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written to: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def explain_failed_write(path):
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own for a full disk
-        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}; "
-                        "what was there before is untouched") from None
-
-
-def replace_file(path, write):
-    """write(temporary path), then swap it in: a run killed while saving, or a full disk, leaves the earlier file."""
-    partial = Path(f"{path}.partial")
-    with explain_failed_write(path):
-        write(partial)
-        os.replace(partial, path)
-
-
-def replace_folder(path, write):
-    """The same for a folder, with one moment in which the old one stands as PATH.old."""
-    path, partial, old = Path(path), Path(f"{path}.partial"), Path(f"{path}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    with explain_failed_write(path):
-        write(partial)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def save_state(out, state):
-    replace_file(out / STATE, lambda path: torch.save(state, path))
-
-
-def load_state(out, device):
-    """The state of a run to resume. Nothing in the file is executed."""
-    path = Path(out) / STATE
-    if not path.is_file():
-        raise UserError(f"there is nothing to resume: {path} does not exist")
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a truncated or foreign file shows itself as any of a dozen exceptions
-        raise UserError(f"{path} cannot be resumed from, it is damaged or no state of ours: {type(error).__name__}") from None
-
-
-def read_configuration(out):
-    """The flags that the run in `out` was started with."""
-    path = Path(out) / "config.json"
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"there is no run to resume at {out}: {path} is missing or damaged") from None
-
-
-def check_same_configuration(out, config, may_differ):
-    """A resumed run must be the same run."""
-    saved = read_configuration(out)
-    differing = [f"{name} was {saved.get(name)}, is {value}" for name, value in config.items()
-                 if name not in may_differ and saved.get(name) != value]
-    if differing:
-        raise UserError(f"{out} is a run of another configuration: " + "; ".join(differing))
+def tell_launcher(text):
+    """torchrun ends with what it finds in this file of the process that failed first."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+            json.dump({"message": text, "timestamp": int(time.time())}, file)

@@ -22,6 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image, ImageDraw, ImageFont
 
 import data
+import fsdp
 import losses
 import models
 import sample
@@ -227,10 +228,12 @@ class RealPoints:
     def __init__(self, model):
         self.model = model
 
-    def draw(self, count, generator):
-        label = torch.randint(LABELS, (count,), generator=generator)
-        x = self.model.truth.draw(label, generator)[..., None, None]                               # (B, 2, 1, 1)
-        return x.to(self.model.device), [str(i) for i in label.tolist()]
+    def draw(self, draws):
+        truth, label = self.model.truth, draws.integers(0, LABELS)
+        shares = truth.log_weights[label].exp().cumsum(1)                                          # (B, modes)
+        mode = (shares < draws.uniform()[:, None].to(shares)).sum(1).clamp(max=len(truth.weights) - 1)
+        x = truth.means[mode] + truth.deviations[mode, None] * draws.normal(2)
+        return x[..., None, None], [str(i) for i in label.tolist()]                                # (B, 2, 1, 1), B prompts
 
 
 # ---------------------------------------------------------------------------------------------------- numbers
@@ -344,4 +347,5 @@ class Gallery:
         panels = [self.teacher, (row.label, x, self.cond["class_labels"], None),
                   (f"direction of label 0\nat t = {t}", x[self.cond["class_labels"] == 0], torch.zeros(len(x), dtype=torch.long),
                    direction_field(networks, self.args, t))]
-        draw_panels(networks.model.mixture, panels, self.out / f"{iteration:06d}.png")
+        if fsdp.first():
+            draw_panels(networks.model.mixture, panels, self.out / f"{iteration:06d}.png")

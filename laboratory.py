@@ -29,6 +29,7 @@ from tqdm import tqdm
 import data
 import errors
 import eval as evaluation
+import checkpoint
 import fsdp
 import gmm
 import losses
@@ -196,9 +197,9 @@ def distil(out, family, flags, probe, rate, seed):
     args = train.parse_arguments(arguments(out, family, flags, rate, seed))
     model = models.load_model(args.model or data.EMOJI_TEACHER, "cpu", torch.bfloat16 if family == "emoji" else torch.float32)
     sources = train.open_sources(model, args)
+    networks = train.Networks(model, args)
     if args.mean_variance_weight > 0:
         args.mean_variance_target = train.teacher_statistics(model, sources.prompts, args.seed)
-    networks = train.Networks(model, args)
     meter = {"gmm": PlaneMeter, "emoji": EmojiMeter}[family](networks, args)
     figures, recent = {"diverged": 0.0}, {}
     for iteration in range(0 if probe == "untrained" else args.iterations):
@@ -217,7 +218,7 @@ def distil(out, family, flags, probe, rate, seed):
     if seed == 0:
         meter.keep_picture(file.with_suffix(".png"))
     row = {"flags": flags, "probe": probe, "learning_rate": rate, "seed": seed, "code": code_version(), "figures": figures}
-    fsdp.replace_file(file, lambda path: path.write_text(json.dumps(row, indent=1) + "\n"))
+    checkpoint.replace_file(file, lambda path: path.write_text(json.dumps(row, indent=1) + "\n"))
 
 
 class PlaneMeter:
@@ -262,20 +263,20 @@ def ratio_figures(networks, sources, args, catch_up=300, batches=24, batch=256):
     over its squared mean, with r as the head gives it and with r divided by its mean in its time bin; and the noise of the
     student's gradient, sum of variances over squared norm of the mean, from batch to batch, with h as it is, with binned r, and
     with h divided by its batch mean as well."""
-    draws = train.Draws(args.seed, 10_000_000, networks.model.device)
+    draws = data.Draws(args.seed, 10_000_000, batch, device=networks.model.device)
     cond = {"class_labels": torch.arange(batch) % gmm.LABELS}
 
     def student_samples():
-        return models.rollout(networks.student, draws.normal(1, batch, *networks.model.sample_shape), cond, networks.timesteps[:1])
+        return models.rollout(networks.student, draws.normal(*networks.model.sample_shape)[None], cond, networks.timesteps[:1])
 
     for _ in range(catch_up):
         train.fake_score_step(networks, student_samples().detach(), cond, sources, draws, args)
     T, readings = len(networks.schedule), []
     for _ in range(batches):
         x = student_samples()
-        t, _ = train.draw_levels("coupled", networks.timesteps[0], batch, T, draws)
+        t, _ = train.draw_levels("coupled", networks.timesteps[0], T, draws)
         with torch.no_grad():
-            x_t = networks.schedule.add_noise(x, draws.normal(*x.shape), t)
+            x_t = networks.schedule.add_noise(x, draws.normal(*x.shape[1:]), t)
             x0_fake, logit = networks.fake_score(x_t, t, cond)
             x0_real = networks.teacher(x_t, t, cond)
             direction = losses.dm_direction(x0_real, x0_fake) / losses.normaliser(x, x0_real, args.normaliser_floor)
@@ -400,7 +401,7 @@ def report(out, family, claims, seeds, more_flags, where):
         details += [f"| {sentence} | " + " | ".join(verdicts[sentence] for verdicts in judged) + " |" for sentence in judged[0]]
         draw_claim(out, family, claim, more_flags, where)
     text = "\n".join(summary + details) + "\n"
-    fsdp.replace_file(where / f"{family}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    checkpoint.replace_file(where / f"{family}.md", lambda path: path.write_text(text, encoding="utf-8"))
     print("\n".join(summary))
     if stale:
         print(f"note: {stale} of these runs were made by another version of the code; delete {out / family} to make them again")
@@ -460,7 +461,7 @@ def main():
     claims = [claim for claim in CLAIMS[args.family] if not args.claim or claim.number in args.claim]
     if args.list:
         return list_claims(args, claims, more_flags)
-    fsdp.make_writable(out / args.family)
+    checkpoint.make_writable(out / args.family)
     if any("{out}/pairs" in flags for claim in claims for flags in claim.arms.values()):
         data.make_pairs(out / "pairs", dict(model="gmm", prompts=None, count=4096, steps=50, guidance=1.0, seed=0))
     runs = dict.fromkeys((*run, rate, seed) for seed in range(args.seeds) for claim in claims for run in claim.runs(more_flags).values()

@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import data
 import errors
-import fsdp
+import checkpoint
 import models
 
 NARROW, NARROW_VIEWS, WIDE_VIEWS = 0.2, 8, 24
@@ -58,7 +58,7 @@ def learning_rate_scale(iteration, iterations, warmup=200):
 
 
 def save_state(path, **state):
-    fsdp.replace_file(path, lambda partial: torch.save(state, partial))
+    checkpoint.replace_file(path, lambda partial: torch.save(state, partial))
 
 
 def train(stage, iterations, modules, lr, loss_of, args, ema=None):
@@ -211,7 +211,8 @@ def make_denoiser(vae, pictures, captions, tokenizer, args):
         x0 = latents[view, index]                                                                  # (B, 8, 8, 8)
         eps = torch.randn(x0.shape, generator=generator)
         x_t = alpha[t, None, None, None] * x0 + sigma[t, None, None, None] * eps
-        prompts = [data.drop_words(captions[i], generator, empty=0.10) for i in index.tolist()]
+        u = torch.rand(args.batch_size, 2 + data.LONGEST, generator=generator).tolist()
+        prompts = [data.drop_words(captions[i], u_i, empty=0.10) for i, u_i in zip(index.tolist(), u)]
         tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
         text = text_encoder(tokens.to(args.device)).last_hidden_state                              # (B, MAX_TOKENS, 128)
         error = unet(x_t.to(args.device), t.to(args.device), text, return_dict=False)[0].float() - eps.to(args.device)

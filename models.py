@@ -11,6 +11,7 @@ and handed over without knowing which model family it belongs to.
 """
 
 import contextlib
+import hashlib
 import json
 import re
 import warnings
@@ -179,13 +180,19 @@ class GanHead(torch.nn.Module):
         return self.layers(features).flatten()                                         # (B,)
 
 
-def gan_head(model, uncond, seed):
-    """A head for the mid-block features of this model's network, whose shape one pass tells."""
+def gan_head(denoiser, uncond, sample_shape, seed):
+    """A head for the mid-block features of this denoiser's network, whose shape one pass tells."""
     with torch.no_grad():
-        _, features = model.origin.x0_and_features(torch.zeros(1, *model.sample_shape, device=model.device), 0, uncond)
+        _, features = denoiser.x0_and_features(torch.zeros(1, *sample_shape, device=denoiser.schedule.alpha.device), 0, uncond)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GanHead(features.shape[1], features.shape[-1]).to(model.device)
+        return GanHead(features.shape[1], features.shape[-1])
+
+
+def fingerprint(module):
+    """A short text that changes when a parameter does: a digest of the sums of their bits, which no order of summation can change."""
+    sums = [parameter.detach().float().contiguous().view(torch.int32).sum(dtype=torch.int64).item() for parameter in module.parameters()]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 
 class FakeScore(torch.nn.Module):
@@ -241,19 +248,19 @@ def rollout(student, noise, cond, timesteps):
 class Model:
     """A teacher as it lies on disk: text encoder, latents' decoder, and the network as a frozen Denoiser."""
 
-    def __init__(self, name, tokenizer, text_encoder, vae, unet, scheduler, device, dtype):
+    def __init__(self, name, tokenizer, text_encoder, vae, unet, scheduler, device, dtype, teacher_device=None):
         self.name, self.device, self.dtype, self.network_class = name, torch.device(device), dtype, type(unet)
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder.requires_grad_(False).eval().to(device, torch.float32)
         self.vae = vae.requires_grad_(False).eval().to(device, torch.float32)
         self.schedule, self.prediction = read_scheduler(scheduler, name)
         self.schedule = self.schedule.to(device)
-        self.teacher = self.denoiser(unet).requires_grad_(False).eval()
+        self.teacher = self.denoiser(unet, teacher_device).requires_grad_(False).eval()
         self.origin = self.teacher  # what student and fake score start as
         self.sample_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
 
-    def denoiser(self, network):
-        return Denoiser(network.to(self.device, torch.float32), self.schedule, self.prediction, self.dtype)
+    def denoiser(self, network, device=None):
+        return Denoiser(network.to(device or self.device, torch.float32), self.schedule, self.prediction, self.dtype)
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -292,8 +299,9 @@ def read_scheduler(scheduler, name):
     return vp_schedule(scheduler.alphas_cumprod), prediction
 
 
-def load_model(path, device="cpu", dtype=torch.float32):
-    """A Stable Diffusion pipeline from a diffusers directory, a hub id, or one .safetensors file; or gmm.py's plane."""
+def load_model(path, device="cpu", dtype=torch.float32, teacher_device=None):
+    """A Stable Diffusion pipeline from a diffusers directory, a hub id, or one .safetensors file; or gmm.py's plane. teacher_device:
+    where the teacher's network is left, if not on the device: fsdp.shard brings it there block by block."""
     options = dict(safety_checker=None, feature_extractor=None)
     check_device(device)
     import gmm  # which itself needs this module
@@ -310,7 +318,7 @@ def load_model(path, device="cpu", dtype=torch.float32):
                                                                low_cpu_mem_usage=False, **options)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"the model {path} cannot be loaded: {first_line(error)}") from None
-        return Model(str(path), pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.unet, pipe.scheduler, device, dtype)
+        return Model(str(path), pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.unet, pipe.scheduler, device, dtype, teacher_device)
 
 
 def lpips_loss(model):

@@ -7,11 +7,13 @@
     python train.py @recipes/gmm.args                # the plane, whose scores are known exactly: seconds
     python train.py --model DIR --prompts FILE.txt   # any Stable Diffusion 1.5 pipeline in diffusers format
     python train.py --benchmark 20                   # seconds an iteration, and what of them the networks take
+    torchrun --standalone --nproc_per_node=2 train.py          # the same run on two processes (fsdp.py)
 
-The run directory holds config.json, metrics.jsonl, curves.png, pictures/, state.pt (for --resume) and student/, the averaged
+The run directory holds config.json, metrics.jsonl, curves.png, pictures/, checkpoints/ (for --resume) and student/, the averaged
 student as a diffusers network.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -19,10 +21,13 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 
+import checkpoint
 import data
 import errors
 import fsdp
@@ -87,7 +92,10 @@ def parse_arguments(arguments=None):
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", help="run directory (default: runs/VARIANT)")
     run.add_argument("--resume", nargs="?", const="", metavar="DIR",
-                     help="go on with the run in DIR, or in --out, with the flags that it was started with")
+                     help="go on with the run in DIR, or in --out, from its newest checkpoint and with the flags that it was started with; "
+                          "DIR may also be a checkpoint, RUN/checkpoints/NUMBER")
+    run.add_argument("--allow-changes", action="store_true", help="with --resume: let flags, teacher or a new GAN head differ from before")
+    run.add_argument("--reset-optimizer", action="store_true", help="with --resume: start both optimizers afresh")
     run.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
     run.add_argument("--seed", type=errors.natural, default=0, help="everything random follows from it")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -95,14 +103,21 @@ def parse_arguments(arguments=None):
                      help="of matrix products; weights and optimizers are float32")
     run.add_argument("--picture-every", type=errors.positive, default=100, metavar="N", help="iterations between pictures")
     run.add_argument("--save-every", type=errors.positive, default=100, metavar="N", help="iterations between saves")
+    run.add_argument("--keep", type=errors.positive, default=2, metavar="N", help="newest checkpoints that are kept")
+    run.add_argument("--shard", choices=("full", "hybrid", "none"), default="full",
+                     help="under torchrun: what each process holds of the networks, 1/N, 1/N of its node's copy, or all")
+    run.add_argument("--timeout", type=errors.positive, default=600, metavar="SECONDS", help="under torchrun: longest wait for another process")
     run.add_argument("--benchmark", type=errors.positive, metavar="N", help="time N iterations and write nothing")
     args = parser.parse_args(arguments)
     parser.set_defaults(**VARIANTS[args.variant])
     if args.resume is not None:  # what is not said again stays as it was
-        parser.set_defaults(**fsdp.read_configuration(args.resume or args.out or f"runs/{args.variant}"))
+        saved = checkpoint.read_configuration(checkpoint.locate(args.resume or args.out or f"runs/{args.variant}")[0])
+        parser.set_defaults(**saved)
+        if parser.parse_args(arguments).variant != saved["variant"]:
+            parser.set_defaults(**VARIANTS[args.variant])
     args = parser.parse_args(arguments)
     check_arguments(args, parser)
-    args.out = args.resume or args.out or f"runs/{args.variant}"
+    args.out, args.checkpoint = checkpoint.locate(args.resume) if args.resume else (Path(args.out or f"runs/{args.variant}"), None)
     return args
 
 
@@ -111,6 +126,8 @@ def check_arguments(args, parser):
         parser.error(f"argument --ema: {args.ema} is not in [0, 1)")
     if args.out and args.resume:
         parser.error("--out and --resume DIR both name a run directory: use one")
+    if args.resume is None and (args.allow_changes or args.reset_optimizer):
+        parser.error(f"{'--allow-changes' if args.allow_changes else '--reset-optimizer'} says how to go on with a run: it needs --resume")
     if args.divergence != "reverse-kl" and args.gan_weight == 0:
         parser.error(f"--divergence {args.divergence} reads the density ratio off the GAN's head: it needs a --gan-weight above 0")
     if args.regression_weight > 0 and not args.pairs:
@@ -137,67 +154,63 @@ def open_sources(model, args):
     return Sources(prompts, real, data.Pairs(args.pairs, model, args.guidance) if args.regression_weight > 0 else None)
 
 
-class Draws:
-    """The random numbers of one iteration, from the seed and the iteration alone: a run can stop anywhere and go on bit for
-    bit, and no state of a generator has to be saved."""
-
-    def __init__(self, seed, iteration, device):
-        self.generator = torch.Generator().manual_seed(data.mix_seed(seed, iteration))
-        self.device = device
-
-    def step(self, steps):
-        """A plain number below `steps`, the same for all samples: it never goes to the accelerator."""
-        return int(torch.randint(steps, (), generator=self.generator))
-
-    def integers(self, low, high, shape):
-        return torch.randint(low, high, shape, generator=self.generator).to(self.device)
-
-    def normal(self, *shape):
-        return torch.randn(*shape, generator=self.generator).to(self.device)
-
-
 class Networks:
     """Teacher, student and fake score, the latter two the same at the start, and what moves them."""
 
-    def __init__(self, model, args):
-        self.model, self.schedule, self.teacher = model, model.schedule, model.teacher
-        self.uncond = model.encode([""])
+    def __init__(self, model, args, mesh=None):
+        self.model, self.schedule, self.uncond = model, model.schedule, model.encode([""])
         self.timesteps = model.schedule.timesteps(args.student_steps)
-        self.student = copy.deepcopy(model.origin).requires_grad_(True)
-        self.averaged_student = copy.deepcopy(model.origin)
-        head = models.gan_head(model, self.uncond, args.seed) if args.gan_weight > 0 else None
-        self.fake_score = models.FakeScore(copy.deepcopy(model.origin), head).requires_grad_(True).to(model.device)
-        self.student_optimizer = torch.optim.AdamW(self.student.parameters(), lr=args.learning_rate, weight_decay=0.01)
-        self.fake_optimizer = torch.optim.AdamW(self.fake_score.parameters(), lr=args.fake_learning_rate, weight_decay=0.01)
+        self.teacher_print = models.fingerprint(model.teacher) if fsdp.first() else None
+        place = lambda module: fsdp.shard(module, mesh, model.device, model.dtype)
+        # Copies are made before what they are copies of is sharded; each is sharded before the next is made.
+        self.student = place(copy.deepcopy(model.origin).requires_grad_(True))
+        self.averaged_student = place(copy.deepcopy(model.origin))
+        head = models.gan_head(self.student, self.uncond, model.sample_shape, args.seed) if args.gan_weight > 0 else None
+        self.fake_score = place(models.FakeScore(copy.deepcopy(model.origin), head).requires_grad_(True))
+        self.teacher = place(model.teacher)
+        self.student_optimizer = adamw(self.student, args.learning_rate)
+        self.fake_optimizer = adamw(self.fake_score, args.fake_learning_rate)
         lpips = args.regression == "lpips" and args.regression_weight > 0
         self.regression_loss = models.lpips_loss(model) if lpips else losses.regression_loss
 
-    def parts(self):
-        """All that changes, by the names it has in state.pt."""
-        return {"student": self.student.network, "fake_score": self.fake_score,
-                "averaged_student": self.averaged_student.network,
-                "student_optimizer": self.student_optimizer, "fake_optimizer": self.fake_optimizer}
+    def tensors(self, optimizers=True):
+        """{name: tensor} of all that changes, which is what a checkpoint holds."""
+        modules = {"student": self.student, "averaged_student": self.averaged_student, "fake_score": self.fake_score}
+        named = {f"{part}.{name}": tensor for part, module in modules.items() for name, tensor in module.state_dict().items()}
+        for part, optimizer in (("student", self.student_optimizer), ("fake_score", self.fake_optimizer)) if optimizers else ():
+            for name, parameter in modules[part].named_parameters():
+                named |= {f"{part}_optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+        return named
+
+
+def adamw(module, learning_rate):
+    """AdamW whose state is there from the start, as AdamW itself would make it at its first step: so it can be loaded into."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
+    for parameter in module.parameters():
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device),
+                                      "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    return optimizer
 
 
 def teacher_statistics(model, prompts, seed, count=64):
     """[mean, variance] over all elements of the teacher's samples without guidance."""
     noise = sample.column_noise(model, count, 1, seed)
-    texts = prompts.draw(count, torch.Generator().manual_seed(seed))
+    texts = prompts.draw(data.Draws(seed, 0, count))
     x = sample.teacher_row(model, min(50, len(model.schedule)), 1.0).draw(noise, model.encode(texts))
     return [x.mean().item(), x.var().item()]
 
 
 # ---------------------------------------------------------------------------------------------------- the two steps
 
-def draw_levels(kind, t_student, count, T, draws):
+def draw_levels(kind, t_student, T, draws):
     """Timesteps at which distribution matching and CFG augmentation are read, tau_DM and tau_CA (B,), for a student that was given
     x_t at timestep t_student: over all levels but the outermost 2 %, or only cleaner ones than the student's input. 2511.22677"""
     everywhere = (int(0.02 * T), int(0.98 * T) + 1)
     cleaner = (min(everywhere[0], t_student // 2), max(min(everywhere[1], t_student), 1))
-    t_dm = draws.integers(*(cleaner if kind == "constrained" else everywhere), (count,))
+    t_dm = draws.integers(*(cleaner if kind == "constrained" else everywhere))
     if kind == "coupled":
         return t_dm, t_dm
-    return t_dm, draws.integers(*(everywhere if kind == "full" else cleaner), (count,))
+    return t_dm, draws.integers(*(everywhere if kind == "full" else cleaner))
 
 
 def divergence_weight(fake_score, logit, t, T, divergence):
@@ -219,9 +232,9 @@ def student_step(networks, x, t_student, cond, sources, draws, args):
 
     # Diffuse x, and ask the fake score and the teacher what it was. Gradients with respect to x are taken at free_x: they reach
     # no network's parameters.
-    t_dm, t_ca = draw_levels(args.schedule, t_student, len(x), T, draws)                          # (B,), (B,)
+    t_dm, t_ca = draw_levels(args.schedule, t_student, T, draws)                                  # (B,), (B,)
     free_x = x.detach().requires_grad_()
-    x_dm = schedule.add_noise(free_x, draws.normal(*x.shape), t_dm)                                # (B, C, H, W)
+    x_dm = schedule.add_noise(free_x, draws.normal(*x.shape[1:]), t_dm)                                # (B, C, H, W)
     with torch.set_grad_enabled(args.gan_weight > 0):
         x0_fake, logit = networks.fake_score(x_dm, t_dm, cond)                                     # (B, C, H, W), (B,)
     with torch.no_grad():
@@ -229,7 +242,7 @@ def student_step(networks, x, t_student, cond, sources, draws, args):
         x0_cond, x0_uncond = models.cond_and_uncond_x0(networks.teacher, x_dm, t_dm, cond, networks.uncond, needed)
         x0_cond_ca, x0_uncond_ca = x0_cond, x0_uncond
         if args.schedule != "coupled":
-            x_ca = schedule.add_noise(x, draws.normal(*x.shape), t_ca)
+            x_ca = schedule.add_noise(x, draws.normal(*x.shape[1:]), t_ca)
             x0_cond_ca, x0_uncond_ca = models.cond_and_uncond_x0(networks.teacher, x_ca, t_ca, cond, networks.uncond, args.guidance)
 
     # The direction: distribution matching and CFG augmentation. Coupled, they add up to DMD2's x0_fake - x0_guided.
@@ -253,7 +266,7 @@ def student_step(networks, x, t_student, cond, sources, draws, args):
         gradient += args.mean_variance_weight * torch.autograd.grad(loss, free_x)[0]
     x.backward(gradient)
     if args.regression_weight > 0:  # on samples of its own: pairs have their own noise and prompts
-        noise, x0_pair, prompts = sources.pairs.draw(len(x), draws.generator)
+        noise, x0_pair, prompts = sources.pairs.draw(draws)
         x_pair = models.rollout(networks.student, noise[None], networks.model.encode(prompts), networks.timesteps[:1])
         (args.regression_weight * networks.regression_loss(x_pair, x0_pair)).backward()
 
@@ -269,15 +282,15 @@ def student_step(networks, x, t_student, cond, sources, draws, args):
 def fake_score_step(networks, x, cond, sources, draws, args):
     """Keep the fake score a denoiser of the student's present samples x (B, C, H, W), without their graph, and its head, where it
     has one, a judge between them and real data."""
-    t = draws.integers(0, len(networks.schedule), (len(x),))                                     # (B,)
-    x_t = networks.schedule.add_noise(x, draws.normal(*x.shape), t)                              # (B, C, H, W)
+    t = draws.integers(0, len(networks.schedule))                                     # (B,)
+    x_t = networks.schedule.add_noise(x, draws.normal(*x.shape[1:]), t)                              # (B, C, H, W)
     x0_fake, logit_fake = networks.fake_score(x_t, t, cond)                                      # (B, C, H, W), (B,)
     weight = losses.denoising_weight(networks.model.prediction, *networks.schedule.at(t, x))
     loss = losses.denoising_loss(x0_fake, x, weight)
     figures = {"fake_loss": loss.detach()}
     if args.gan_weight > 0:
-        x_real, prompts = sources.real.draw(len(x), draws.generator)
-        x_t_real = networks.schedule.add_noise(x_real, draws.normal(*x.shape), t)
+        x_real, prompts = sources.real.draw(draws)
+        x_t_real = networks.schedule.add_noise(x_real, draws.normal(*x.shape[1:]), t)
         _, logit_real = networks.fake_score(x_t_real, t, networks.model.encode(prompts))         # (B,)
         loss = loss + args.critic_weight * losses.gan_critic_loss(logit_real, logit_fake)
         figures["logit_accuracy"] = ((logit_real > 0).float().mean() + (logit_fake < 0).float().mean()) / 2
@@ -290,26 +303,26 @@ def fake_score_step(networks, x, cond, sources, draws, args):
 
 def iterate(networks, sources, iteration, args):
     """One iteration: samples of the student, every K-th time a student step on them, and always a fake-score step."""
-    draws = Draws(args.seed, iteration, networks.model.device)
+    draws = data.Draws(args.seed, iteration, args.batch_size, fsdp.share(args.batch_size), networks.model.device)
     student_turn = iteration % args.fake_updates == 0
     for optimizer, lr in ((networks.student_optimizer, args.learning_rate), (networks.fake_optimizer, args.fake_learning_rate)):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (iteration + 1) / (args.warmup + 1))
 
     # The student's samples at a step of its sampler that this iteration's draw chooses.
-    step = draws.step(len(networks.timesteps))
+    step = draws.below(len(networks.timesteps))
     t_student = networks.timesteps[step]
     if args.student_input == "backward":  # backward simulation: from its own earlier steps
-        cond = networks.model.encode(sources.prompts.draw(args.batch_size, draws.generator))
-        noise = draws.normal(step + 1, args.batch_size, *networks.model.sample_shape)
+        cond = networks.model.encode(sources.prompts.draw(draws))
+        noise = draws.normal(step + 1, *networks.model.sample_shape).transpose(0, 1)               # (steps, B, C, H, W)
         with torch.set_grad_enabled(student_turn):
             x = models.rollout(networks.student, noise, cond, networks.timesteps[:step + 1])     # (B, C, H, W)
     else:
-        x_real, prompts = sources.real.draw(args.batch_size, draws.generator)
+        x_real, prompts = sources.real.draw(draws)
         cond = networks.model.encode(prompts)
-        t = torch.full((args.batch_size,), t_student, device=x_real.device)
+        t = torch.full((len(x_real),), t_student, device=x_real.device)
         with torch.set_grad_enabled(student_turn):
-            x = networks.student(networks.schedule.add_noise(x_real, draws.normal(*x_real.shape), t), t, cond)
+            x = networks.student(networks.schedule.add_noise(x_real, draws.normal(*x_real.shape[1:]), t), t, cond)
 
     figures = student_step(networks, x, t_student, cond, sources, draws, args) if student_turn else {}
     return figures | fake_score_step(networks, x.detach(), cond, sources, draws, args)
@@ -318,13 +331,19 @@ def iterate(networks, sources, iteration, args):
 # ---------------------------------------------------------------------------------------------------- what a run leaves behind
 
 class Log:
-    """metrics.jsonl, the curves, and one warning a health figure when it leaves its range."""
+    """metrics.jsonl, the curves, and one warning a health figure when it leaves its range. Every process keeps the rows; the first
+    one writes them."""
 
     def __init__(self, out, teacher_std, iteration):
         self.path, self.teacher_std, self.waiting, self.warned = out / "metrics.jsonl", teacher_std, {}, set()
-        rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-        self.rows = [row for row in rows if row["iteration"] <= iteration]  # of a resumed run: what its state knows of
-        fsdp.replace_file(self.path, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in self.rows)))
+        self.rows = fsdp.from_first(lambda: [row for row in self.read() if row["iteration"] <= iteration])  # what the checkpoint knows of
+        if fsdp.first():
+            checkpoint.replace_file(self.path, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in self.rows)))
+
+    def read(self):
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            with contextlib.suppress(ValueError):  # a run that is killed may leave its last line unfinished
+                yield json.loads(line)
 
     def add(self, iteration, figures, seconds):
         """Keep tensors, so that the accelerator is waited for only every LOG_EVERY iterations, when their means are written."""
@@ -332,14 +351,15 @@ class Log:
             self.waiting.setdefault(name, []).append(value)
         if iteration % LOG_EVERY:
             return None
-        row = {"iteration": iteration, "seconds": round(seconds, 2)}
-        row |= {name: torch.stack(values).mean().item() for name, values in self.waiting.items()}
+        means = fsdp.mean_over_processes(torch.stack([torch.stack(values).mean() for values in self.waiting.values()]))
+        row = {"iteration": iteration, "seconds": round(seconds, 2)} | dict(zip(self.waiting, means.tolist()))
         if not all(math.isfinite(value) for value in row.values()):
             raise fsdp.NotFinite(f"a figure of iteration {iteration} is not finite: {row}")
         self.waiting = {}
         self.rows.append(row)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if fsdp.first():
+            with checkpoint.explain_failed_write(self.path), open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
         return row
 
     def check_health(self):
@@ -349,9 +369,11 @@ class Log:
             value = sum(values) / len(values) / (self.teacher_std if name == "std" else 1) if values else low
             if not low <= value <= high and name not in self.warned:
                 self.warned.add(name)
-                tqdm.write(f"warning: the health figure {name} is {value:.2f}, outside [{low}, {high}]: {meaning}")
+                fsdp.say(f"warning: the health figure {name} is {value:.2f}, outside [{low}, {high}]: {meaning}")
 
     def draw_curves(self):
+        if not fsdp.first():
+            return
         names = ("fake_loss", "dm", "ca", "std", "gap", "cosine", "student_grad_norm", "logit_accuracy")
         curves = {name: [(row["iteration"], row[name]) for row in self.rows if name in row] for name in names}
         sample.draw_curves({name: points for name, points in curves.items() if points or not self.rows}, self.path.parent / "curves.png")
@@ -379,43 +401,58 @@ class Gallery:
             x0_real = models.guided_x0(networks.teacher, x_t, t, self.cond, networks.uncond, self.args.guidance)
             x0_fake, _ = networks.fake_score(x_t, t, self.cond)
         decode = networks.model.decode
-        sample.draw_grid([self.teacher, (row.label, decode(x)), (f"teacher's x0 of it\ndiffused to t = {t}", decode(x0_real)),
-                          ("fake score's x0\nof the same", decode(x0_fake))],
-                         self.prompts, self.out / f"{iteration:06d}.png")
+        if fsdp.first():
+            sample.draw_grid([self.teacher, (row.label, decode(x)), (f"teacher's x0 of it\ndiffused to t = {t}", decode(x0_real)),
+                              ("fake score's x0\nof the same", decode(x0_fake))],
+                             self.prompts, self.out / f"{iteration:06d}.png")
 
 
-def save_student(out, networks):
-    with models.quiet_libraries():
-        fsdp.replace_folder(out / "student", networks.averaged_student.network.save_pretrained)
+def student_writer(out, networks):
+    """A function that writes the averaged student, as it is now, to out/student, in the first process."""
+    network, state = networks.averaged_student.network, fsdp.whole_state(networks.averaged_student.network)
+
+    def write(folder):
+        network.save_config(folder)
+        save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+    return lambda: checkpoint.replace_folder(out / "student", write)
 
 
-def save(out, networks, iteration):
-    """The averaged student for use, and everything for --resume."""
-    save_student(out, networks)
-    fsdp.save_state(out, {"iteration": iteration} | {name: part.state_dict() for name, part in networks.parts().items()})
+def manifest_of(networks, config, iteration):
+    return {"iteration": iteration, "processes": fsdp.world(), "teacher": networks.teacher_print,
+            "network": dict(networks.model.origin.network.config), "config": config}
 
 
-def restore(out, networks):
-    """Put a saved state back; returns the number of iterations it has seen."""
-    state = fsdp.load_state(out, networks.model.device)
-    try:
-        for name, part in networks.parts().items():
-            part.load_state_dict(state[name])
-        return state["iteration"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise errors.UserError(f"{out}/state.pt is no state of this run: {models.first_line(error)}") from None
+def restore(networks, config, args):
+    """Put a checkpoint back; returns the number of iterations it has seen, and the checkpoint."""
+    folder, saved = checkpoint.choose(args.out, args.checkpoint)
+    present = fsdp.from_first(lambda: manifest_of(networks, config, 0))  # the teacher's print is the first process's
+    if not args.allow_changes:
+        fields = checkpoint.differing(saved["config"], config, MAY_DIFFER) + checkpoint.differing(saved["network"], present["network"])
+        fields += ["the teacher's weights are others"] * (saved["teacher"] != present["teacher"])
+        if fields:
+            raise errors.UserError(f"{folder} is of another configuration: {'; '.join(fields)}. If you mean it: --allow-changes")
+    new = checkpoint.load(folder, networks.tensors(not args.reset_optimizer),
+                          ("fake_score.head.", "fake_score_optimizer.head.") if args.allow_changes else ())
+    fsdp.say(f"going on from {folder}" + (", with a new GAN head" if new else "") + (", with new optimizers" if args.reset_optimizer else ""))
+    return saved["iteration"], folder
 
 
 # ---------------------------------------------------------------------------------------------------- the loop
 
+# Flags that a run may go on with otherwise than it began.
+MAY_DIFFER = ("iterations", "device", "dtype", "picture_every", "save_every", "keep", "shard", "timeout")
+
+
 def train(networks, sources, config, args):
-    # Where to write, and where to start.
+    # Where to write, and where to start. torchrun's restarts go on by themselves.
+    out = args.out
+    restarted = fsdp.from_first(lambda: checkpoint.begun_by_this_launch(out))
+    resume = args.resume is not None or restarted and fsdp.from_first(lambda: bool(checkpoint.complete_checkpoints(out)))
     size = sum(p.numel() * p.element_size() for p in networks.student.parameters())
-    if args.resume is not None:
-        fsdp.check_same_configuration(args.out, config, may_differ=("iterations", "device", "dtype"))
-    out = fsdp.prepare_run_directory(args.out, args.resume is not None, args.overwrite, bytes_needed=10 * size)
-    start = restore(out, networks) if args.resume is not None else 0
-    fsdp.replace_file(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    fsdp.from_first(lambda: checkpoint.prepare_run_directory(out, resume, args.overwrite or restarted, bytes_needed=7 * (args.keep + 1) * size))
+    start, folder = restore(networks, config, args) if resume else (0, None)
+    fsdp.from_first(lambda: checkpoint.write_beginning(out, config, folder))
 
     # What the run is watched by.
     kind = gmm.Gallery if isinstance(networks.model, gmm.Model) else Gallery
@@ -424,16 +461,17 @@ def train(networks, sources, config, args):
     if start == 0:
         gallery.draw(0)
     elif start >= args.iterations:
-        print(f"this run has had its {start} iterations already; --iterations asks for more")
+        fsdp.say(f"this run has had its {start} iterations already; --iterations asks for more")
     with StopAtSignal() as stop:
-        loop(networks, sources, args, out, gallery, log, start, stop)
-    print(f"pictures: {out}/pictures, curves: {out}/curves.png, student: {out}/student")
-    print(f"sample it: python sample.py --student {out}")
+        loop(networks, sources, config, args, gallery, log, start, stop)
+    fsdp.say(f"pictures: {out}/pictures, curves: {out}/curves.png, student: {out}/student\n"
+             f"sample it: python sample.py --student {out}")
 
 
-def loop(networks, sources, args, out, gallery, log, start, stop):
-    began = time.perf_counter() - (log.rows[-1]["seconds"] if log.rows else 0)
-    progress = tqdm(range(start, args.iterations), initial=start, total=args.iterations, desc=args.variant, unit="it")
+def loop(networks, sources, config, args, gallery, log, start, stop):
+    out, began = args.out, time.perf_counter() - (log.rows[-1]["seconds"] if log.rows else 0)
+    writer = checkpoint.Writer(out, args.keep)
+    progress = tqdm(range(start, args.iterations), initial=start, total=args.iterations, desc=args.variant, unit="it", disable=not fsdp.first())
 
     for iteration in progress:
         # Student step and fake-score step.
@@ -442,9 +480,11 @@ def loop(networks, sources, args, out, gallery, log, start, stop):
             row = log.add(iteration + 1, figures, time.perf_counter() - began)
         except fsdp.NotFinite as error:
             progress.close()
-            save_student(out, networks)
-            sys.exit(f"train.py: stopped at iteration {iteration + 1}: {error}. The last good student is in {out / 'student'}; "
-                     f"a lower --learning-rate or --clip usually helps.")
+            writer.wait()
+            write_student = student_writer(out, networks)
+            fsdp.from_first(write_student)
+            raise errors.UserError(f"stopped at iteration {iteration + 1}: {error}. The last good student is in {out / 'student'}; "
+                                   f"a lower --learning-rate or --clip usually helps", status=1) from None
 
         # Log, picture, save.
         done = iteration + 1
@@ -454,25 +494,30 @@ def loop(networks, sources, args, out, gallery, log, start, stop):
         if done % args.picture_every == 0 or done == args.iterations:
             gallery.draw(done)
             log.draw_curves()
-        if done % args.save_every == 0 or done == args.iterations or stop.asked:
-            save(out, networks, done)
-        if stop.asked and done < args.iterations:
+        asked = fsdp.largest_over_processes(stop.asked)
+        if done % args.save_every == 0 or done == args.iterations or asked:
+            writer.save(networks.tensors(), manifest_of(networks, config, done), student_writer(out, networks))
+        writer.check()
+        if asked and done < args.iterations:
             progress.close()
-            print(f"interrupted after {done} of {args.iterations} iterations; go on with: python train.py --resume {out}")
-            sys.exit(130)
+            writer.wait()
+            fsdp.say(f"interrupted after {done} of {args.iterations} iterations; go on with: python train.py --resume {out}")
+            sys.exit(128 + asked)
+    writer.wait()
 
 
 class StopAtSignal:
-    """Ctrl-C and SIGTERM are noted and obeyed between two iterations; a second one stops at once."""
+    """Ctrl-C and SIGTERM are noted and obeyed between two iterations; a second one stops at once. `asked` is the signal's number."""
 
     def __enter__(self):
-        self.asked = False
+        self.asked = 0
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number, frame):
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
+        self.asked = number
+        for handled in self.before:
+            signal.signal(handled, signal.SIG_DFL)
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -481,8 +526,9 @@ class StopAtSignal:
 
 # ---------------------------------------------------------------------------------------------------- benchmark
 
-def benchmark(networks, sources, args):
+def benchmark(args):
     """Time N iterations, and in turn the network calls that those same iterations cannot avoid, nothing else."""
+    networks, sources = prepare(args, fsdp.start(args.shard, fsdp.own_device(args.device), args.timeout))
     warm, device = 2 * args.fake_updates, networks.model.device
 
     def seconds(call):
@@ -506,9 +552,7 @@ def benchmark(networks, sources, args):
         iterate(networks, sources, iteration, args)
 
     def network_calls(iteration):
-        draws = Draws(args.seed, iteration, device)
-        sources.prompts.draw(args.batch_size, draws.generator)
-        step = draws.step(len(networks.timesteps)) if args.student_input == "backward" else 0
+        step = data.Draws(args.seed, iteration, args.batch_size).below(len(networks.timesteps)) if args.student_input == "backward" else 0
         student_turn = iteration % args.fake_updates == 0
         with torch.no_grad():
             for _ in range(step + (not student_turn)):
@@ -545,21 +589,28 @@ def benchmark(networks, sources, args):
           f"{args.batch_size / whole:.1f} samples a second, peak memory {peak / 2 ** 30:.2f} GiB")
 
 
-def main():
-    args = parse_arguments()
-    fsdp.refuse_several_processes()
-    model = models.load_model(args.model or data.EMOJI_TEACHER, args.device, getattr(torch, args.dtype))
+def prepare(args, mesh=None):
+    """The networks and what they are trained on."""
+    model = models.load_model(args.model or data.EMOJI_TEACHER, fsdp.own_device(args.device), getattr(torch, args.dtype),
+                              teacher_device="cpu" if mesh else None)
     if args.student_steps > len(model.schedule):
         raise errors.UserError(f"--student-steps {args.student_steps} is more than the model's {len(model.schedule)} noise levels")
+    fsdp.share(args.batch_size)
     sources = open_sources(model, args)
+    networks = Networks(model, args, mesh)
     if args.mean_variance_weight > 0 and not args.mean_variance_target:
         args.mean_variance_target = teacher_statistics(model, sources.prompts, args.seed)
-    networks = Networks(model, args)
+    return networks, sources
+
+
+def main():
+    args = parse_arguments()
     if args.benchmark:
-        return benchmark(networks, sources, args)
-    unsaved = ("out", "resume", "overwrite", "benchmark")
+        return benchmark(args)
+    networks, sources = prepare(args, fsdp.start(args.shard, fsdp.own_device(args.device), args.timeout))
+    unsaved = ("out", "checkpoint", "resume", "allow_changes", "reset_optimizer", "overwrite", "benchmark")
     train(networks, sources, {name: value for name, value in vars(args).items() if name not in unsaved}, args)
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    fsdp.run(main)
