@@ -40,7 +40,7 @@ def prepare_run_directory(out, resume, overwrite, bytes_needed):
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file")
-    if not resume and out.is_dir() and any(out.iterdir()):
+    if not resume and out.is_dir() and any(path.name != ".probe" and path.suffix != ".partial" for path in out.iterdir()):
         if not overwrite:
             raise UserError(f"{out} holds an earlier run: go on with --resume, replace it with --overwrite, or choose another --out")
         if not (out / "config.json").is_file():
@@ -267,15 +267,19 @@ def damage_of(file, size, sha):
 def load(folder, tensors, may_be_new=()):
     """Fill the tensors, sharded or not, with what the checkpoint holds under their names. Those whose names begin with one of
     may_be_new may be missing there, and stay as they are."""
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    saved = reader.read_metadata().state_dict_metadata
-    missing = [name for name in tensors if name not in saved]
-    lost = [name for name in missing if not name.startswith(tuple(may_be_new))]
-    wrong = [f"{name} is {tuple(saved[name].size)}, not {tuple(tensor.shape)}" for name, tensor in tensors.items()
-             if name in saved and saved[name].size != tensor.shape]
+    try:
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        saved = reader.read_metadata().state_dict_metadata
+        missing = [name for name in tensors if name not in saved]
+        lost = [name for name in missing if not name.startswith(tuple(may_be_new))]
+        wrong = [f"{name} is {tuple(saved[name].size)}, not {tuple(tensor.shape)}" for name, tensor in tensors.items()
+                 if name in saved and saved[name].size != tensor.shape]
+        if not lost and not wrong:
+            dcp.load({name: tensor for name, tensor in tensors.items() if name in saved}, storage_reader=reader)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"the checkpoint {folder} cannot be read: {reason(error)}") from None
     if lost or wrong:
         raise UserError(f"the checkpoint {folder} is none of this run: " + (wrong or [f"it has no {lost[0]}"])[0])
-    dcp.load({name: tensor for name, tensor in tensors.items() if name in saved}, storage_reader=reader)
     return missing
 
 

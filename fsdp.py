@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
 
 import errors
 from errors import UserError
@@ -55,7 +56,7 @@ def world():
 
 def say(text):
     if first():
-        print(text, flush=True)
+        tqdm.write(text)  # above a progress bar, where there is one
 
 
 def own_device(device):

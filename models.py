@@ -177,7 +177,7 @@ class GanHead(torch.nn.Module):
         self.layers = torch.nn.Sequential(*layers, *block(size), torch.nn.Conv2d(channels, 1, 1))
 
     def forward(self, features):
-        return self.layers(features).flatten()                                         # (B,)
+        return self.layers(features).sum(dim=(1, 2, 3))  # (B,); flatten gives a view, which FSDP warns of
 
 
 def gan_head(denoiser, uncond, sample_shape, seed):

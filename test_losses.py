@@ -307,7 +307,7 @@ def test_regression_loss_is_the_mean_square():
 def test_gan_head_learns_the_log_ratio_of_two_gaussians():
     """The head on the plane's network, trained by the critic's loss alone, against log p_t / q_t of the diffused Gaussians."""
     model = gmm.Model("gmm")
-    fake_score = models.FakeScore(copy.deepcopy(model.origin), models.gan_head(model, model.encode([""]), 0)).requires_grad_(True)
+    fake_score = models.FakeScore(copy.deepcopy(model.origin), models.gan_head(model.origin, model.encode([""]), model.sample_shape, 0)).requires_grad_(True)
     optimizer = torch.optim.AdamW(fake_score.parameters(), lr=2e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
     generator = torch.Generator().manual_seed(0)
@@ -441,7 +441,7 @@ def setup(model, *flags):
     args = train.parse_arguments(["--batch-size", "2", *flags])
     networks = train.Networks(model, args)
     prompts = ["cat face", "red apple"] if model.name == str(data.EMOJI_TEACHER) else ["0", "1"]
-    return networks, model.encode(prompts), train.Draws(0, 0, model.device), args
+    return networks, model.encode(prompts), data.Draws(0, 0, 2, device=model.device), args
 
 
 @pytest.fixture
@@ -467,7 +467,7 @@ def test_student_and_fake_score_start_equal_to_the_teacher(networks):
 def test_first_direction_without_guidance_is_zero(networks):
     nets, cond, draws, args = networks
     t = torch.tensor([300, 800])
-    x_t = draws.normal(2, *nets.model.sample_shape)
+    x_t = draws.normal(*nets.model.sample_shape)
     with torch.no_grad():
         x0_real = models.guided_x0(nets.teacher, x_t, t, cond, nets.uncond, 1.0)
         assert losses.dm_direction(x0_real, nets.fake_score(x_t, t, cond)[0]).abs().max() == 0
@@ -475,13 +475,13 @@ def test_first_direction_without_guidance_is_zero(networks):
 
 def test_teacher_builds_no_graph(networks):
     nets, cond, draws, args = networks
-    x_t = draws.normal(2, *nets.model.sample_shape)
+    x_t = draws.normal(*nets.model.sample_shape)
     assert not models.guided_x0(nets.teacher, x_t, 500, cond, nets.uncond, 3.0).requires_grad
 
 
 def test_guidance_in_one_pass_is_guidance_in_two(networks):
     nets, cond, draws, args = networks
-    x_t = draws.normal(2, *nets.model.sample_shape)
+    x_t = draws.normal(*nets.model.sample_shape)
     x0_cond = nets.teacher(x_t, 500, cond)
     x0_uncond = nets.teacher(x_t, 500, nets.model.encode(["", ""]))
     torch.testing.assert_close(models.guided_x0(nets.teacher, x_t, 500, cond, nets.uncond, 3.0),
@@ -490,7 +490,7 @@ def test_guidance_in_one_pass_is_guidance_in_two(networks):
 
 def test_student_step_moves_the_student_only_and_fake_score_step_the_fake_score_only(networks):
     nets, cond, draws, args = networks
-    noise = draws.normal(2, 2, *nets.model.sample_shape)
+    noise = draws.normal(2, *nets.model.sample_shape).transpose(0, 1)
     x = models.rollout(nets.student, noise, cond, nets.timesteps[:2])
     before = {name: weights(module) for name, module in
               (("teacher", nets.teacher), ("student", nets.student), ("fake", nets.fake_score), ("text", nets.model.text_encoder))}
@@ -509,12 +509,12 @@ def test_student_step_moves_the_student_only_and_fake_score_step_the_fake_score_
 def test_student_step_follows_the_surrogate_loss(networks):
     """The step's gradient, as the student receives it, against the papers' formulation through a scalar loss."""
     nets, cond, draws, args = networks
-    noise = draws.normal(1, 2, *nets.model.sample_shape)
+    noise = draws.normal(1, *nets.model.sample_shape).transpose(0, 1)
     reference = copy.deepcopy(nets.student)
     x_reference = models.rollout(reference, noise, cond, nets.timesteps[:1])
-    replay = train.Draws(0, 7, draws.device)
-    t = replay.integers(20, 981, (2,))
-    x_t = nets.schedule.add_noise(x_reference.detach(), replay.normal(*x_reference.shape), t)
+    replay = data.Draws(0, 7, 2)
+    t = replay.integers(20, 981)
+    x_t = nets.schedule.add_noise(x_reference.detach(), replay.normal(*x_reference.shape[1:]), t)
     with torch.no_grad():
         x0_real = models.guided_x0(nets.teacher, x_t, t, cond, nets.uncond, args.guidance)
         direction = (nets.fake_score(x_t, t, cond)[0] - x0_real) / (x_reference - x0_real).abs().mean((1, 2, 3), keepdim=True)
@@ -522,14 +522,14 @@ def test_student_step_follows_the_surrogate_loss(networks):
     expected = torch.nn.utils.get_total_norm([p.grad for p in reference.parameters()])
 
     x = models.rollout(nets.student, noise, cond, nets.timesteps[:1])
-    figures = train.student_step(nets, x, 999, cond, None, train.Draws(0, 7, draws.device), args)
+    figures = train.student_step(nets, x, 999, cond, None, data.Draws(0, 7, 2), args)
     torch.testing.assert_close(figures["student_grad_norm"], expected, rtol=1e-4, atol=0)
 
 
 def test_rollout_gives_gradients_through_the_last_step_only(networks):
     """The gradients of a three-step rollout are those of its last step alone, from the x_t that the first two led to."""
     nets, cond, draws, args = networks
-    noise = draws.normal(3, 2, *nets.model.sample_shape)
+    noise = draws.normal(3, *nets.model.sample_shape).transpose(0, 1)
     with torch.no_grad():
         x0 = models.rollout(nets.student, noise[:2], cond, nets.timesteps[:2])
         x_t = nets.schedule.add_noise(x0, noise[2], torch.tensor([499, 499]))
@@ -553,8 +553,8 @@ def gradient_in_x(model, x, t_student, *flags, sources=None):
         for parameter in nets.fake_score.denoiser.parameters():
             parameter.mul_(0.9)
     x = x.clone().requires_grad_()
-    train.student_step(nets, x, t_student, cond, sources, train.Draws(0, 3, model.device), args)
-    return x.grad, nets, cond, args, train.Draws(0, 3, model.device)
+    train.student_step(nets, x, t_student, cond, sources, data.Draws(0, 3, 2), args)
+    return x.grad, nets, cond, args, data.Draws(0, 3, 2)
 
 
 @pytest.mark.parametrize("flags", [["--variant", "dmd2", "--gan-weight", "0"],
@@ -562,8 +562,8 @@ def gradient_in_x(model, x, t_student, *flags, sources=None):
 def test_dmd2_and_coupled_decoupled_dmd_are_the_formula_of_the_paper(embedded_model, flags):
     x = torch.randn(2, *embedded_model.sample_shape, generator=torch.Generator().manual_seed(0))
     gradient, nets, cond, args, replay = gradient_in_x(embedded_model, x, 749, *flags)
-    t = replay.integers(20, 981, (2,))
-    x_t = nets.schedule.add_noise(x, replay.normal(*x.shape), t)
+    t = replay.integers(20, 981)
+    x_t = nets.schedule.add_noise(x, replay.normal(*x.shape[1:]), t)
     with torch.no_grad():
         x0_real = models.guided_x0(nets.teacher, x_t, t, cond, nets.uncond, args.guidance)
         expected = (nets.fake_score(x_t, t, cond)[0] - x0_real) / (x - x0_real).abs().mean((1, 2, 3), keepdim=True) / x.numel()
@@ -574,9 +574,9 @@ def test_decoupled_dmd_reads_each_half_at_its_own_level_with_the_conditional_nor
     x = torch.randn(2, 2, 1, 1, generator=torch.Generator().manual_seed(0))
     gradient, nets, cond, args, replay = gradient_in_x(plane_model, x, 499, "--variant", "decoupled", "--guidance", "4",
                                                        "--ca-weight", "0.7", "--dm-weight", "1.3")
-    t_dm, t_ca = replay.integers(20, 981, (2,)), replay.integers(20, 499, (2,))
-    x_dm = nets.schedule.add_noise(x, replay.normal(*x.shape), t_dm)
-    x_ca = nets.schedule.add_noise(x, replay.normal(*x.shape), t_ca)
+    t_dm, t_ca = replay.integers(20, 981), replay.integers(20, 499)
+    x_dm = nets.schedule.add_noise(x, replay.normal(*x.shape[1:]), t_dm)
+    x_ca = nets.schedule.add_noise(x, replay.normal(*x.shape[1:]), t_ca)
     with torch.no_grad():
         real_dm, real_ca = nets.teacher(x_dm, t_dm, cond), nets.teacher(x_ca, t_ca, cond)
         uncond_ca = nets.teacher(x_ca, t_ca, plane_model.encode(["", ""]))
@@ -588,7 +588,7 @@ def test_decoupled_dmd_reads_each_half_at_its_own_level_with_the_conditional_nor
 @pytest.mark.parametrize("kind", ["coupled", "full", "constrained", "hybrid"])
 @pytest.mark.parametrize("t_student", [999, 749, 249, 19, 1])
 def test_drawn_levels(kind, t_student):
-    t_dm, t_ca = train.draw_levels(kind, t_student, 20000, 1000, train.Draws(0, 0, "cpu"))
+    t_dm, t_ca = train.draw_levels(kind, t_student, 1000, data.Draws(0, 0, 20000))
     low, high = (20, 980) if kind != "constrained" else (min(20, t_student // 2), min(980, t_student - 1))
     assert t_dm.min() == low and t_dm.max() == high
     assert (t_ca == t_dm).all() == (kind == "coupled" or (kind == "constrained" and t_student == 1))
@@ -603,8 +603,8 @@ def test_gan_and_mean_variance_add_their_own_gradients(plane_model):
     plain, *_ = gradient_in_x(plane_model, x, 999, "--gan-weight", "0")
     flags = ["--gan-weight", "0.3", "--mean-variance-weight", "0.2", "--mean-variance-target", "0.1", "0.9"]
     both, nets, cond, args, replay = gradient_in_x(plane_model, x, 999, *flags)
-    free_x, t = x.clone().requires_grad_(), replay.integers(20, 981, (2,))
-    _, logit = nets.fake_score(nets.schedule.add_noise(free_x, replay.normal(*x.shape), t), t, cond)
+    free_x, t = x.clone().requires_grad_(), replay.integers(20, 981)
+    _, logit = nets.fake_score(nets.schedule.add_noise(free_x, replay.normal(*x.shape[1:]), t), t, cond)
     extra = 0.3 * losses.gan_student_loss(logit) + 0.2 * losses.mean_variance_loss(free_x, 0.1, 0.9)
     torch.testing.assert_close(both - plain, torch.autograd.grad(extra, free_x)[0], rtol=1e-3, atol=1e-6)
 
@@ -614,9 +614,9 @@ def test_f_distill_weighs_the_direction_by_h_at_its_own_x_t(plane_model):
     flags = ["--variant", "fdistill", "--gan-weight", "1e-12"]
     plain, *_ = gradient_in_x(plane_model, x, 999, *flags, "--divergence", "reverse-kl")
     weighed, nets, cond, args, replay = gradient_in_x(plane_model, x, 999, *flags, "--divergence", "js")
-    t = replay.integers(20, 981, (2,))
+    t = replay.integers(20, 981)
     with torch.no_grad():
-        _, logit = nets.fake_score(nets.schedule.add_noise(x, replay.normal(*x.shape), t), t, cond)
+        _, logit = nets.fake_score(nets.schedule.add_noise(x, replay.normal(*x.shape[1:]), t), t, cond)
     r = logit.exp()
     if t[0] * 10 // 1000 == t[1] * 10 // 1000:
         r = r / (0.9 + 0.1 * r.mean())
@@ -694,7 +694,7 @@ def test_which_parameters_receive_a_gradient(embedded_model, case, tmp_path, mon
 
 def test_the_critic_reaches_the_encoder_half_and_the_denoising_loss_not_the_head(embedded_model):
     nets, cond, draws, args = setup(embedded_model)
-    x0, logit = nets.fake_score(draws.normal(2, *embedded_model.sample_shape), 500, cond)
+    x0, logit = nets.fake_score(draws.normal(*embedded_model.sample_shape), 500, cond)
     names = [name for name, _ in nets.fake_score.named_parameters()]
     got = lambda out: {name for name, g in zip(names, torch.autograd.grad(out.sum(), list(nets.fake_score.parameters()), retain_graph=True,
                                                                           allow_unused=True)) if g is not None}
@@ -709,10 +709,10 @@ def test_regression_follows_the_pairs(plane_model, tmp_path):
     sources, x = train.open_sources(plane_model, args), torch.randn(2, 2, 1, 1)
     gradients = {}
     nets.student_optimizer.step = lambda: gradients.update({name: p.grad.clone() for name, p in nets.student.named_parameters()})
-    train.student_step(nets, x.requires_grad_(), 999, cond, sources, train.Draws(0, 3, "cpu"), args)  # x is a leaf: no DM gradient reaches the student
-    replay = train.Draws(0, 3, "cpu")
-    replay.integers(20, 981, (2,)), replay.normal(2, 2, 1, 1)
-    noise, x0, prompts = sources.pairs.draw(2, replay.generator)
+    train.student_step(nets, x.requires_grad_(), 999, cond, sources, data.Draws(0, 3, 2), args)  # x is a leaf: no DM gradient reaches the student
+    replay = data.Draws(0, 3, 2)
+    replay.integers(20, 981), replay.normal(2, 1, 1)
+    noise, x0, prompts = sources.pairs.draw(replay)
     loss = 0.25 * (nets.student(noise, 999, plane_model.encode(prompts)) - x0).square().mean()
     for (name, parameter), expected in zip(nets.student.named_parameters(), torch.autograd.grad(loss, list(nets.student.parameters()))):
         torch.testing.assert_close(gradients[name], expected, rtol=1e-4, atol=1e-7)
@@ -726,7 +726,7 @@ def test_pairs_are_the_teacher_s_deterministic_samples(plane_model, tmp_path):
     assert len(pairs.prompts) == 400 and sorted(path.name for path in tmp_path.iterdir()) == ["00000.safetensors", "00001.safetensors", "config.json"]
     expected = sample.teacher_row(plane_model, 10, 2.0).draw(pairs.noise.float()[None], plane_model.encode(pairs.prompts))
     torch.testing.assert_close(pairs.x0.float(), expected, atol=2e-3, rtol=2e-3)  # half precision
-    noise, x0, prompts = pairs.draw(7, torch.Generator().manual_seed(0))
+    noise, x0, prompts = pairs.draw(data.Draws(0, 0, 7))
     index = [(pairs.noise.float() == row).flatten(1).all(1).nonzero().item() for row in noise]
     assert torch.equal(pairs.x0[index].float(), x0) and [pairs.prompts[i] for i in index] == prompts
 
@@ -737,10 +737,10 @@ def test_noised_real_data_as_the_student_s_input(plane_model, monkeypatch):
     real = nets.student.forward
     monkeypatch.setattr(nets.student, "forward", lambda x_t, t, cond: seen.update(x_t=x_t, t=t, cond=cond) or real(x_t, t, cond))
     train.iterate(nets, sources, 5, args)
-    replay = train.Draws(args.seed, 5, "cpu")
-    t = nets.timesteps[replay.step(4)]
-    x_real, prompts = sources.real.draw(2, replay.generator)
-    torch.testing.assert_close(seen["x_t"], nets.schedule.add_noise(x_real, replay.normal(*x_real.shape), torch.tensor([t, t])))
+    replay = data.Draws(args.seed, 5, 2)
+    t = nets.timesteps[replay.below(4)]
+    x_real, prompts = sources.real.draw(replay)
+    torch.testing.assert_close(seen["x_t"], nets.schedule.add_noise(x_real, replay.normal(*x_real.shape[1:]), torch.tensor([t, t])))
     assert seen["t"].tolist() == [t, t] and seen["cond"]["class_labels"].tolist() == [int(prompt) for prompt in prompts]
 
 
