@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, no Exception
 
 import fsdp
 from errors import UserError
@@ -156,7 +157,7 @@ class Writer:
         """What work() gives in each process. If it fails in one, all of them raise."""
         try:
             mine = work(), None
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             mine = None, reason(error)
         everyone = fsdp.from_all(mine, self.group)
         for _, failure in everyone:
@@ -276,7 +277,7 @@ def load(folder, tensors, may_be_new=()):
                  if name in saved and saved[name].size != tensor.shape]
         if not lost and not wrong:
             dcp.load({name: tensor for name, tensor in tensors.items() if name in saved}, storage_reader=reader)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+    except (CheckpointException, SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"the checkpoint {folder} cannot be read: {reason(error)}") from None
     if lost or wrong:
         raise UserError(f"the checkpoint {folder} is none of this run: " + (wrong or [f"it has no {lost[0]}"])[0])
@@ -294,7 +295,8 @@ def write_beginning(out, config, folder):
     """What a run, or its going on from a checkpoint, leaves before its first iteration. Checkpoints that are newer than that one are set
     aside: they are not of what comes now."""
     replace_file(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
-    replace_file(out / "launch", lambda path: path.write_text(launch_name()))
+    if not begun_by_this_launch(out):
+        replace_file(out / "launch", lambda path: path.write_text(f"{launch_name()}\n{int(folder.name) if folder else -1}\n"))
     for newer in complete_checkpoints(out) if folder else ():
         if int(newer.name) > int(folder.name):
             set_aside(newer)
@@ -303,4 +305,9 @@ def write_beginning(out, config, folder):
 def begun_by_this_launch(out):
     """Whether torchrun restarts its processes (--max-restarts) and the run in `out` is theirs, rather than an earlier one."""
     path = out / "launch"
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and path.is_file() and path.read_text() == launch_name()
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and path.is_file() and path.read_text().splitlines()[0] == launch_name()
+
+
+def saved_by_this_launch(out):
+    """Whether there is a checkpoint beyond the one that it went on from."""
+    return int(complete_checkpoints(out)[0].name) > int((out / "launch").read_text().splitlines()[1])

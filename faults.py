@@ -17,6 +17,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,15 +39,19 @@ RUN = ["--model", "gmm", "--variant", "fdistill", "--batch-size", "8", "--fake-u
 
 # ---------------------------------------------------------------------------------------------------- runs
 
-def fork_train(flags, log, processes=1, port=29533, before=None):
-    """train.py with these flags in forked processes, as a launcher would start them; returns their pids. Forking saves the
-    seconds that it takes to import torch and to fit the plane's network, which this process has done."""
+def fork_train(flags, log, processes=0, nodes=1, before=None):
+    """train.py with these flags in forked processes, as a launcher would start them, or plainly if processes is 0; returns their
+    pids. Forking saves the seconds that it takes to import torch and to fit the plane's network, which this process has done."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     pids = []
-    for rank in range(processes):
+    for rank in range(max(processes, 1)):
         pid = os.fork()
         if pid == 0:
-            if processes > 1:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+            if processes:
+                in_node = processes // nodes
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % in_node), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(in_node),
                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             stream = os.open(log, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if rank else os.O_TRUNC))
             os.dup2(stream, 1), os.dup2(stream, 2)
@@ -71,10 +76,10 @@ def wait_for(pids):
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def train_tiny(out, *flags, processes=1, before=None):
+def train_tiny(out, *flags, **launch):
     """(exit status of the first process, what was printed)"""
     log = out.parent / f"{out.name}.log"
-    status = wait_for(fork_train([*RUN, *flags] if "--resume" not in flags else flags, log, processes, before=before))[0]
+    status = wait_for(fork_train([*RUN, *flags] if "--resume" not in flags else flags, log, **launch))[0]
     return status, log.read_text()
 
 
@@ -100,7 +105,7 @@ def table(title, head, rows):
 
 # ---------------------------------------------------------------------------------------------------- the faults
 
-def kill(work, kills=50, processes=1, iterations=30, seed=0):
+def kill(work, kills=50, processes=0, iterations=30, seed=0):
     """Rows (moment, newest whole checkpoint, whether a save was under way, what --resume went on from, whether the end is the undisturbed
     run's)."""
     numbers, reference, out = random.Random(seed), work / f"undisturbed-{processes}", work / f"killed-{processes}"
@@ -112,7 +117,7 @@ def kill(work, kills=50, processes=1, iterations=30, seed=0):
     for trial in range(kills):
         shutil.rmtree(out, ignore_errors=True)
         moment = numbers.uniform(0, duration)
-        pids = fork_train([*RUN, *flags, "--out", out], work / "killed.log", processes, port=29600 + trial)
+        pids = fork_train([*RUN, *flags, "--out", out], work / "killed.log", processes)
         time.sleep(moment)
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
@@ -274,7 +279,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=", ".join(TABLES))
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--processes", type=int, default=1, help="of the runs that are killed")
+    parser.add_argument("--processes", type=int, default=0, help="of the runs that are killed; 0 is one without a process group")
     parser.add_argument("--iterations", type=int, default=2000, help="of the soak")
     parser.add_argument("--batch-size", type=int, default=32, help="of the soak")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

@@ -14,8 +14,11 @@ import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 
+import checkpoint
 import data
+import faults
 import laboratory
 import models
 import sample
@@ -35,6 +38,15 @@ def run(script, *arguments):
         return exit.code
     finally:
         sys.argv = argv
+
+
+def state(run):
+    return faults.state_of(run)
+
+
+def newest(run):
+    """Iteration of its newest checkpoint."""
+    return int(checkpoint.complete_checkpoints(run)[0].name)
 
 
 def weights(folder):
@@ -76,13 +88,10 @@ def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(finished, tmp_path):
     out = tmp_path / "run"
     assert run("train.py", "--out", out, "--iterations", 2, *TINY) == 0
     assert run("train.py", "--resume", out, "--iterations", 4) == 0  # the other flags are remembered
-    resumed, undisturbed = (torch.load(folder / "state.pt", weights_only=True) for folder in (out, finished))
-    assert resumed["iteration"] == undisturbed["iteration"] == 4
-    for part in ("student", "fake_score", "averaged_student"):
-        assert same_weights(resumed[part], undisturbed[part])
-    for part in ("student_optimizer", "fake_optimizer"):
-        for a, b in zip(resumed[part]["state"].values(), undisturbed[part]["state"].values()):
-            assert all(torch.equal(a[name], b[name]) for name in a)
+    resumed, undisturbed = state(out), state(finished)
+    assert newest(out) == newest(finished) == 4 and same_weights(resumed, undisturbed)
+    for part in ("student.", "averaged_student.", "fake_score.", "student_optimizer.", "fake_score_optimizer."):
+        assert any(name.startswith(part) for name in resumed)
 
 
 PLANE = ["--model", "gmm", "--batch-size", "8", "--fake-updates", "2", "--picture-every", "4", "--save-every", "2", "--warmup", "0"]
@@ -92,6 +101,13 @@ PLANE = ["--model", "gmm", "--batch-size", "8", "--fake-updates", "2", "--pictur
 def plane_pairs(tmp_path_factory):
     out = tmp_path_factory.mktemp("pairs") / "plane"
     assert run("data.py", "--model", "gmm", "--out", out, "--count", 300, "--steps", 4, "--guidance", 3) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def plane_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "plane"
+    assert run("train.py", "--out", out, "--iterations", 4, "--gan-weight", 0, *PLANE) == 0
     return out
 
 
@@ -105,11 +121,10 @@ def test_every_variant_runs_and_resumes_bit_for_bit(flags, plane_pairs, tmp_path
     assert run("train.py", "--out", tmp_path / "whole", "--iterations", 4, *PLANE, *flags) == 0
     assert run("train.py", "--out", tmp_path / "parts", "--iterations", 2, *PLANE, *flags) == 0
     assert run("train.py", "--resume", tmp_path / "parts", "--iterations", 4) == 0
-    whole, parts = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts"))
-    for part in ("student", "fake_score", "averaged_student"):  # the fake score with its head and f-distill's running means
-        assert same_weights(whole[part], parts[part])
-    assert any(name.startswith("head") for name in whole["fake_score"]) == ("dmd" not in flags and (flags[1] != "decoupled" or "--gan-weight" in flags))
-    assert (whole["fake_score"]["ratio_means"] != 1).any() == (flags[1] == "fdistill")
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert same_weights(whole, parts)
+    assert ("fake_score_optimizer.head.layers.0.weight.exp_avg" in whole) == ("dmd" not in flags and (flags[1] != "decoupled" or "--gan-weight" in flags))
+    assert (whole["fake_score.ratio_means"] != 1).any() == (flags[1] == "fdistill")
 
 
 def test_dmd2_with_its_gan_on_the_embedded_teacher(tmp_path, capsys):
@@ -194,7 +209,7 @@ def test_interrupted_run_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypat
     assert run("train.py", "--out", tmp_path / "run", "--iterations", 9, *TINY) == 130
     assert signal.getsignal(signal.SIGINT) == before
     assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().out
-    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["iteration"] == 2
+    assert newest(tmp_path / "run") == 2
 
 
 def test_a_disk_that_fills_up_leaves_the_earlier_state(finished, tmp_path, capsys):
@@ -207,7 +222,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_state(finished, tmp_path, capsy
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "untouched" in capsys.readouterr().err
-    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["iteration"] == 4
+    assert newest(tmp_path / "run") == 4 and same_weights(state(tmp_path / "run"), state(finished))
     assert same_weights(weights(tmp_path / "run" / "student"), weights(finished / "student"))
 
 
@@ -225,8 +240,9 @@ def test_a_health_figure_out_of_range_is_warned_of_once(tmp_path, capsys):
     assert printed.count("warning") == 1 and "over-saturates" in printed
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_a_good_student(tmp_path):
-    message = run("train.py", "--out", tmp_path / "run", "--iterations", 50, *TINY, "--learning-rate", "1e30")
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_a_good_student(tmp_path, capsys):
+    assert run("train.py", "--out", tmp_path / "run", "--iterations", 50, *TINY, "--learning-rate", "1e30") == 1
+    message = capsys.readouterr().err
     assert "not finite" in message and "last good student" in message
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run" / "student").values())
 
@@ -365,7 +381,16 @@ def bad_inputs():
         ("train.py", ["--out", "{tmp}/empty.txt"], "is a file"),
         ("train.py", ["--resume", "{tmp}/absent"], "no run to resume"),
         ("train.py", ["--resume", "{run}", "--seed", "3"], "seed was 0, is 3"),
-        ("train.py", ["--resume", "{tmp}/truncated"], "damaged"),
+        ("train.py", ["--resume", "{run}", "--learning-rate", "1e-5", "--fake-updates", "3"], "fake_updates was 2, is 3; learning_rate was 0.0002, is 1e-05"),
+        ("train.py", ["--resume", "{tmp}/truncated/checkpoints/000004"], "000004 is damaged: shard-00001-model-00001-of-00001.safetensors has 100000 bytes"),
+        ("train.py", ["--resume", "{tmp}/truncated"], "no checkpoint that is whole"),
+        ("train.py", ["--resume", "{tmp}/no-checkpoint"], "no complete checkpoint"),
+        ("train.py", ["--resume", "{run}/checkpoints/000003"], "manifest.json is missing"),
+        ("train.py", ["--resume", "{tmp}/no-file/checkpoints/000004"], "manifest.json is missing"),
+        ("train.py", ["--resume", "{tmp}/other-weights"], "the teacher's weights are others"),
+        ("train.py", ["--resume", "{tmp}/other-network"], "norm_eps was 0.001, is"),
+        ("train.py", ["--reset-optimizer"], "needs --resume"),
+        ("train.py", ["--keep", "0"], "above 0"),
         ("sample.py", ["--steps", "0"], "above 0"),
         ("sample.py", ["--seed", "-1"], "--seed"),
         ("sample.py", ["--student", "{tmp}/absent"], "no student"),
@@ -396,7 +421,14 @@ def places(finished, plane_pairs, tmp_path_factory):
     weight_file = tmp / "damaged" / "unet" / "diffusion_pytorch_model.safetensors"
     weight_file.write_bytes(weight_file.read_bytes()[:100_000])
     shutil.copytree(finished, tmp / "truncated")
-    (tmp / "truncated" / "state.pt").write_bytes((finished / "state.pt").read_bytes()[:100_000])
+    for folder in checkpoint.complete_checkpoints(tmp / "truncated"):
+        for file in folder.glob("*.safetensors"):
+            os.truncate(file, 100_000)
+    shutil.copytree(finished, tmp / "no-checkpoint", ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(finished, tmp / "no-file", ignore=shutil.ignore_patterns("manifest.json"))
+    for name, spoil in (("other-weights", dict(teacher="0")), ("other-network", dict(network=json.loads((finished / "student" / "config.json").read_text()) | {"norm_eps": 1e-3}))):
+        shutil.copytree(finished, tmp / name)
+        rewrite_manifest(tmp / name, **spoil)
     UNet2DConditionModel(sample_size=8, in_channels=8, out_channels=8, block_out_channels=(32, 64), down_block_types=("DownBlock2D", "DownBlock2D"),
                          up_block_types=("UpBlock2D", "UpBlock2D"), cross_attention_dim=128, layers_per_block=1).save_pretrained(tmp / "other")
     return {"run": str(finished), "tmp": str(tmp)}
@@ -424,20 +456,62 @@ def test_an_existing_run_is_replaced_when_asked(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["iterations"] == 1
 
 
-def test_a_state_of_something_else_is_refused(finished, tmp_path, capsys):
+def rewrite_manifest(run, **changes):
+    """As whoever wants to deceive would: with the right checksum."""
+    for folder in checkpoint.complete_checkpoints(run):
+        manifest = json.loads((folder / "manifest.json").read_text()) | changes
+        manifest["files"] = {file.name: [file.stat().st_size, checkpoint.digest(file)] for file in folder.glob("*.safetensors")}
+        del manifest["sha256"]
+        manifest["sha256"] = checkpoint.text_digest(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_checkpoint_of_something_else_is_refused(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
-    torch.save({"iteration": 4}, tmp_path / "run" / "state.pt")
+    save_file({name: torch.zeros(3) for name in state(finished)}, checkpoint.complete_checkpoints(tmp_path / "run")[0] / "shard-00001-model-00001-of-00001.safetensors")
+    rewrite_manifest(tmp_path / "run", iteration=4)
     assert run("train.py", "--resume", tmp_path / "run", "--iterations", 6) == 2
-    assert "no state of this run" in capsys.readouterr().err
+    assert "is none of this run: student.network.conv_in.weight is (3,), not" in capsys.readouterr().err
 
 
-def test_nothing_in_a_state_file_is_executed(finished, tmp_path, capsys):
+def test_nothing_in_a_checkpoint_is_executed(finished, tmp_path, capsys):
     """A pickle that would write a file when loaded plainly."""
     class Trap:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "sprung",))
 
     shutil.copytree(finished, tmp_path / "run")
-    torch.save({"iteration": Trap()}, tmp_path / "run" / "state.pt")
-    assert run("train.py", "--resume", tmp_path / "run", "--iterations", 4) == 2
-    assert not (tmp_path / "sprung").exists()
+    torch.save({"iteration": Trap()}, checkpoint.complete_checkpoints(tmp_path / "run")[0] / "shard-00001-model-00001-of-00001.safetensors")
+    rewrite_manifest(tmp_path / "run", iteration=4)
+    assert run("train.py", "--resume", tmp_path / "run", "--iterations", 6) == 2
+    assert "cannot be read" in capsys.readouterr().err and not (tmp_path / "sprung").exists()
+
+
+def test_what_a_run_may_go_on_with_otherwise_if_it_is_meant(plane_run, tmp_path, capsys):
+    """Another learning rate and a GAN that was not there before; fresh optimizers; an older checkpoint, which sets newer ones aside."""
+    run_directory = tmp_path / "run"
+    shutil.copytree(plane_run, run_directory)
+    changes = ["--learning-rate", "1e-5", "--gan-weight", "0.1", "--allow-changes"]
+    assert run("train.py", "--resume", run_directory / "checkpoints" / "000002", "--iterations", 6, *changes) == 0
+    assert "with a new GAN head" in capsys.readouterr().out
+    assert json.loads((run_directory / "config.json").read_text())["learning_rate"] == 1e-5
+    assert newest(run_directory) == 6 and (run_directory / "checkpoints" / "000004.aside").is_dir() and "fake_score.head.layers.0.weight" in state(run_directory)
+    steps = {float(value) for name, value in state(run_directory).items() if name.startswith("student_optimizer") and name.endswith("step")}
+    assert steps == {3.0}  # every second iteration of six
+    assert run("train.py", "--resume", run_directory, "--iterations", 8, "--reset-optimizer") == 0
+    assert "with new optimizers" in capsys.readouterr().out
+    steps = {float(value) for name, value in state(run_directory).items() if name.startswith("student_optimizer") and name.endswith("step")}
+    assert steps == {1.0}
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    assert run("train.py", "--out", tmp_path / "run", "--iterations", 8, "--keep", 3, "--gan-weight", 0, *PLANE) == 0
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["000004", "000006", "000008"]
+
+
+def test_a_line_of_metrics_that_was_cut_short_is_dropped(plane_run, tmp_path):
+    shutil.copytree(plane_run, tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 4, "sec')
+    assert run("train.py", "--resume", tmp_path / "run", "--iterations", 10) == 0
+    assert [json.loads(line)["iteration"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [10]
