@@ -75,7 +75,11 @@ def start(shard, device, timeout):
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout))
+    limit = datetime.timedelta(seconds=timeout)
+    store, number, count = next(dist.rendezvous("env://", timeout=limit))
+    # torchrun's store outlives a restart, and would hand out the addresses of processes that are gone.
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=store, rank=number, world_size=count, timeout=limit)
     in_node = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
     if shard == "hybrid" and world() % in_node:
         raise UserError(f"--shard hybrid needs as many processes on each node: {world()} are no multiple of {in_node}")

@@ -228,7 +228,7 @@ def test_one_process_that_fails_stops_all_and_says_why_once(tmp_path, kind, stat
     assert before_summary.count(cause) == 1, printed
 
 
-def test_torchrun_s_restart_goes_on_from_the_last_checkpoint(runs, tmp_path):
+def test_torchrun_s_restart_goes_on_from_the_last_checkpoint(tmp_path):
     reference, out = tmp_path / "reference", tmp_path / "run"
     flags = [*faults.RUN, "--iterations", 6]
     for folder, restarts, command in ((reference, 0, [HERE / "train.py"]), (out, 1, [HERE / "faults.py", "planted", "kill"])):

@@ -419,8 +419,9 @@ def student_writer(out, networks):
 
 
 def manifest_of(networks, config, iteration):
-    return {"iteration": iteration, "processes": fsdp.world(), "teacher": networks.teacher_print,
-            "network": dict(networks.model.origin.network.config), "config": config}
+    network = networks.model.origin.network
+    return {"iteration": iteration, "processes": fsdp.world(), "teacher": networks.teacher_print, "config": config,
+            "network": {"class": networks.model.network_class.__name__} | {k: v for k, v in network.config.items() if not k.startswith("_")}}
 
 
 def restore(networks, config, args):
