@@ -215,7 +215,7 @@ def run(main):
         main()
     except Exception as error:
         lost = isinstance(error, dist.DistError) or any(words in str(error) for words in LOST)
-        time.sleep(2 * int(os.environ.get("LOCAL_RANK", "0")) + (30 if lost else 0))
+        time.sleep(2 * int(os.environ.get("LOCAL_RANK", "0")) + (20 if lost else 0))
         script, rank = os.path.basename(sys.argv[0]), os.environ["RANK"]
         if isinstance(error, UserError):
             text = f"{script}: {error}"

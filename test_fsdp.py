@@ -18,6 +18,7 @@ import checkpoint
 import data
 import faults
 import fsdp
+import models
 import train
 
 HERE = Path(__file__).resolve().parent
@@ -31,13 +32,17 @@ VARIANTS = {"dmd": ["--variant", "dmd", "--pairs", "PAIRS"], "dmd2": ["--variant
 # ---------------------------------------------------------------------------------------------------- the runs that the tests look at
 
 def keep_what_each_process_holds(out):
-    """Before a run begins: have each process write its own part of everything when it ends."""
+    """Before a run begins: have each process write its own part of everything when it ends, and a sample of the averaged student."""
     loop = train.loop
 
     def loop_and_keep(networks, *rest):
         loop(networks, *rest)
+        noise = torch.randn(4, 8, 2, 1, 1, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            x = models.rollout(networks.averaged_student, noise, networks.model.encode(["0", "1", "2", "3"] * 2), networks.timesteps)
+        torch.save({"x": x}, out / f"sample-{fsdp.rank()}.pt")
         own = {name: tensor.to_local() if hasattr(tensor, "to_local") else tensor for name, tensor in networks.tensors().items()}
-        torch.save(own, out / f"process-{os.environ['RANK']}.pt")
+        torch.save(own, out / f"process-{fsdp.rank()}.pt")
 
     train.loop = loop_and_keep
 
@@ -81,7 +86,7 @@ def make_runs(work):
         status, printed = faults.train_tiny(work / name, "--out", work / name, *flags, **launch)
         assert status == 0, printed
 
-    run("plain", *PLANE)
+    run("plain", *PLANE, before=lambda: keep_what_each_process_holds(work / "plain"))
     for name, launch in SHARED.items():
         run(name, *PLANE, "--shard", name if name in ("none", "hybrid") else "full", before=lambda: keep_what_each_process_holds(work / name), **launch)
     (work / "prompts.txt").write_text("red apple\n")  # one, since pictures of a run cost more here than its iterations
@@ -135,6 +140,13 @@ def test_any_number_of_processes_follows_the_same_losses(runs, name):
     assert row_of(runs / name) == pytest.approx(row_of(runs / "plain"), rel=1e-4)
     first = runs / "plain" / "checkpoints" / "000005"
     assert apart(runs / name, runs / "plain", first) < 1e-3
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_the_averaged_student_that_is_sampled_is_the_one_that_has_moved(runs, name):
+    """FSDP must not go on with parameters that it gathered before the average moved on."""
+    x, expected = (torch.load(runs / folder / "sample-0.pt", weights_only=True)["x"] for folder in (name, "plain"))
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_embedded_teacher_on_two_processes(runs):
