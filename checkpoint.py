@@ -166,17 +166,18 @@ class Writer:
         return [result for result, _ in everyone]
 
     def complete(self, partial, folder, manifest, publish):
+        unlisted = {file.name for file in partial.glob("*.safetensors")} - manifest["files"].keys()
+        if unlisted or not manifest["files"]:
+            raise OSError(f"files without a checksum: {sorted(unlisted)}")
         manifest["sha256"] = text_digest(manifest)
         replace_file(partial / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n"))
-        if folder.exists():  # of a run that was resumed from before it
-            folder.rename(f"{folder}.old")
+        if folder.exists():
+            set_aside(folder)
         partial.rename(folder)
         publish()
-        for old in [*complete_checkpoints(folder.parent.parent)[self.keep:], Path(f"{folder}.old")]:
-            gone = Path(f"{old.with_suffix('')}.old")
-            if old.exists():
-                old.rename(gone)  # so that one that is half deleted is never taken for a checkpoint
-                shutil.rmtree(gone, ignore_errors=True)
+        for old in complete_checkpoints(folder.parent.parent)[self.keep:]:
+            old.rename(f"{old}.old")  # so that one that is half deleted is never taken for a checkpoint
+            shutil.rmtree(f"{old}.old", ignore_errors=True)
 
     def check(self):
         """Raise what went wrong in the background."""
