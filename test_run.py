@@ -212,6 +212,14 @@ def test_interrupted_run_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypat
     assert newest(tmp_path / "run") == 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(number):
+    with train.StopAtSignal() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.asked == number
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_a_disk_that_fills_up_leaves_the_earlier_state(finished, tmp_path, capsys):
     """Files over 1 MB fail to be written, as on a full disk."""
     shutil.copytree(finished, tmp_path / "run")
