@@ -3,7 +3,10 @@
     runs/x/checkpoints/000300/       has this name only once it is whole
         shard-00001-....safetensors  what the first process held: parameters of student, averaged student and fake score with its
                                      head and f-distill's running means, and the moments and step counts of both optimizers
-        manifest.json                iteration, flags, the teacher's fingerprint, size and SHA-256 of every file
+        manifest.json                iteration, flags, the teacher's fingerprint, the figures that metrics.jsonl does not have yet,
+                                     size and SHA-256 of every file
+    runs/x/checkpoints/000400.aside-1/   one that was damaged, or later than the one that the run was told to go on from
+    runs/x/config.json               flags, and under "began" from which checkpoint and how the run last went on
 
 There is no state of a random generator, of a schedule or of a data set: all of them follow from the seed and the iteration
 (data.Draws). Nothing that is read here can execute anything: safetensors and JSON.
@@ -11,6 +14,7 @@ There is no state of a random generator, of a schedule or of a data set: all of 
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -100,12 +104,13 @@ def replace_folder(path, write):
 
 
 def read_configuration(out):
-    """The flags that the run in `out` was started with."""
+    """What config.json says."""
     path = Path(out) / "config.json"
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        raise UserError(f"there is no run to resume at {out}: {path} is missing or damaged") from None
+        what = f"{path} is missing or damaged" if path.parent.is_dir() else "there is no such directory"
+        raise UserError(f"there is no run to resume at {out}: {what}") from None
 
 
 def differing(saved, present, may_differ=()):
@@ -150,7 +155,7 @@ class Writer:
             digests = self.together(lambda: {file.name: [file.stat().st_size, digest(file)] for file in sorted(partial.glob(own))})
             manifest = manifest | {"files": {name: entry for part in digests for name, entry in part.items()}}
             self.together(lambda: fsdp.first() and self.complete(partial, folder, manifest, publish))
-        except Exception as error:
+        except BaseException as error:  # a thread has nobody above it who would see it
             self.error = UserError(f"the checkpoint {folder} cannot be written: {error}; those before it are untouched")
 
     def together(self, work):
@@ -171,8 +176,6 @@ class Writer:
             raise OSError(f"files without a checksum: {sorted(unlisted)}")
         manifest["sha256"] = text_digest(manifest)
         replace_file(partial / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n"))
-        if folder.exists():
-            set_aside(folder)
         partial.rename(folder)
         publish()
         for old in complete_checkpoints(folder.parent.parent)[self.keep:]:
@@ -223,38 +226,66 @@ def complete_checkpoints(out):
     return sorted(folders, key=lambda folder: int(folder.name), reverse=True)
 
 
+def newest(out):
+    """The checkpoint that --resume tries first; None for a run that was stopped before it had one, which begins again."""
+    found = complete_checkpoints(out)
+    if not found and (Path(out) / "student").is_dir():
+        raise UserError(f"there is nothing to resume at {out}: it has a student, but no complete checkpoint")
+    return next((folder for folder in found if read_manifest(folder)), found[0] if found else None)
+
+
+def saved_flags(out, folder):
+    """The flags that the run in `out` last had when it went on from this checkpoint (None: from nothing), and what it was allowed to
+    then. They are in config.json until the first save; after that, and for earlier checkpoints, in the manifests."""
+    flags = read_configuration(out)
+    began = flags.pop("began", {})
+    if not folder or began.get("from") == folder.name:
+        return flags, began
+    manifest = read_manifest(folder)
+    if not manifest:
+        raise UserError(f"the checkpoint {folder} is damaged: {NO_MANIFEST}")
+    return manifest["config"], {}
+
+
 def choose(out, named):
-    """The checkpoint to go on from, with its manifest: the named one, or the newest that is whole. One whose checksums are wrong is
-    refused if it was named; else it is set aside, and the one before it taken."""
-    candidates = [named] if named else fsdp.from_first(lambda: complete_checkpoints(out))
+    """The checkpoint to go on from, with its manifest: the named one, or the newest that is whole. (None, None) if there is none yet."""
+    candidates = fsdp.from_first(lambda: [named] if named else complete_checkpoints(out))
     for folder in candidates:
-        manifest, damage = inspect(folder)
+        manifest = fsdp.from_first(lambda: read_manifest(folder))
+        damage = damage_in(folder, manifest) if manifest else NO_MANIFEST
         if not damage:
             return folder, manifest
         if named:
             raise UserError(f"the checkpoint {folder} is damaged: {damage}")
-        fsdp.say(f"warning: the checkpoint {folder} is damaged ({damage}); it is set aside, and the one before it taken")
-        fsdp.from_first(lambda: set_aside(folder))
-    raise UserError(f"there is nothing to resume at {out}: it has no {'checkpoint that is whole' if candidates else 'complete checkpoint'}")
+        fsdp.say(f"warning: the checkpoint {folder} is damaged ({damage}); trying the one before it")
+    if candidates:
+        raise UserError(f"there is nothing to resume at {out}: it has no checkpoint that is whole")
+    return None, None
 
 
 def set_aside(folder):
-    aside = Path(f"{folder}.aside")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
+    """A name under which no run goes on from it; the user may delete it, or take the ending away to have it back."""
+    number = next(number for number in itertools.count(1) if not Path(f"{folder}.aside-{number}").exists())
+    return folder.rename(f"{folder}.aside-{number}")
 
 
-def inspect(folder):
-    """(manifest, what is wrong with the checkpoint or None). The processes share the work of reading it all."""
+NO_MANIFEST = "its manifest.json is missing or not what was written"
+
+
+def read_manifest(folder):
+    """None if it is not what was written."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         good = manifest.pop("sha256") == text_digest(manifest) and manifest["iteration"] == int(folder.name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         good = False
-    if not good:
-        return None, "its manifest.json is missing or not what was written"
+    return manifest if good else None
+
+
+def damage_in(folder, manifest):
+    """What is wrong with the checkpoint's files, or None. The processes share the work of reading it all."""
     mine = [damage for name, entry in list(manifest["files"].items())[fsdp.rank()::fsdp.world()] if (damage := damage_of(folder / name, *entry))]
-    return manifest, next((damage for part in fsdp.from_all(mine) for damage in part), None)
+    return next((damage for part in fsdp.from_all(mine) for damage in part), None)
 
 
 def damage_of(file, size, sha):
@@ -281,34 +312,34 @@ def load(folder, tensors, may_be_new=()):
     except (CheckpointException, SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"the checkpoint {folder} cannot be read: {reason(error)}") from None
     if lost or wrong:
-        raise UserError(f"the checkpoint {folder} is none of this run: " + (wrong or [f"it has no {lost[0]}"])[0])
+        raise UserError(f"the checkpoint {folder} does not fit this run: " + (wrong or [f"it has no {lost[0]}"])[0])
     return missing
 
 
-# ---------------------------------------------------------------------------------------------------- torchrun's restarts
+# ---------------------------------------------------------------------------------------------------- beginning, and torchrun's restarts
 
 def launch_name():
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return name if name != "none" else f"{socket.gethostname()} {os.getppid()}"
 
 
-def write_beginning(out, config, folder):
-    """What a run, or its going on from a checkpoint, leaves before its first iteration. Checkpoints that are newer than that one are set
-    aside: they are not of what comes now."""
-    replace_file(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
-    if not begun_by_this_launch(out):
-        replace_file(out / "launch", lambda path: path.write_text(f"{launch_name()}\n{int(folder.name) if folder else -1}\n"))
-    for newer in complete_checkpoints(out) if folder else ():
-        if int(newer.name) > int(folder.name):
-            set_aside(newer)
+def write_beginning(out, config, folder, allowed):
+    """What a run, or its going on from a checkpoint, leaves before its first iteration. allowed: the flags among --allow-changes and
+    --reset-optimizer, which hold again if this beginning comes to no first save.
+
+    Checkpoints that are newer are set aside first, newest first: they are not of what comes now, and if this is killed halfway, what
+    is left is still one run.
+    """
+    later = [newer for newer in complete_checkpoints(out) if not folder or int(newer.name) > int(folder.name)]
+    if later:
+        names = [set_aside(newer).name for newer in later]
+        fsdp.say(f"set aside, since the run goes on from an earlier one: {', '.join(names)} in {out / 'checkpoints'}")
+    began = {"from": folder and folder.name, "launch": launch_name()} | allowed
+    replace_file(out / "config.json", lambda path: path.write_text(json.dumps(config | {"began": began}, indent=2) + "\n"))
 
 
 def begun_by_this_launch(out):
     """Whether torchrun restarts its processes (--max-restarts) and the run in `out` is theirs, rather than an earlier one."""
-    path = out / "launch"
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and path.is_file() and path.read_text().splitlines()[0] == launch_name()
-
-
-def saved_by_this_launch(out):
-    """Whether there is a checkpoint beyond the one that it went on from."""
-    return int(complete_checkpoints(out)[0].name) > int((out / "launch").read_text().splitlines()[1])
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not (out / "config.json").is_file():
+        return False
+    return read_configuration(out).get("began", {}).get("launch") == launch_name()

@@ -127,13 +127,10 @@ def kill(work, kills=50, processes=0, iterations=30, seed=0):
         wait_for(pids)
         whole = [int(folder.name) for folder in checkpoint.complete_checkpoints(out)]
         saving = any((out / "checkpoints").glob("*.partial"))
-        if whole:
-            status, printed = train_tiny(out, "--resume", out, processes=processes)
-            found = re.search(r"going on from \S*/(\d+)", printed)
-            begun = int(found[1]) if found else printed.strip().splitlines()[-1]
-        else:  # nothing to resume yet: the same command once more
-            status, printed = train_tiny(out, *flags, "--out", out, processes=processes)
-            begun = 0
+        again = ["--resume", out] if (out / "config.json").exists() else [*flags, "--out", out]  # nothing to resume yet
+        status, printed = train_tiny(out, *again, processes=processes)
+        found = re.search(r"going on from \S*/(\d+)", printed)
+        begun = int(found[1]) if found else 0
         good = status == 0 and begun == max(whole, default=0) and same_state(out, reference)
         rows.append((f"{moment:.2f} s of {duration:.2f}", max(whole, default="none"), "yes" if saving else "no", begun, "yes" if good else "NO"))
     return rows

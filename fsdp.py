@@ -57,6 +57,7 @@ def world():
 def say(text):
     if first():
         tqdm.write(text)  # above a progress bar, where there is one
+        sys.stdout.flush()
 
 
 def own_device(device):
@@ -67,8 +68,8 @@ def own_device(device):
 def start(shard, device, timeout):
     """Meet the other processes. Returns the mesh that networks are sharded over, None if there is no launcher.
 
-    full: one shard a process. hybrid: shards within a node, whose links are fast, and a replica on each node. none: a replica a
-    process. A collective that waits for longer than `timeout` seconds is an error.
+    full: one shard in each process. hybrid: shards within a node, whose links are fast, and a replica on each node. none: a replica
+    in each process. A collective that waits for longer than `timeout` seconds is an error.
     """
     if not launched():
         return None
@@ -81,8 +82,9 @@ def start(shard, device, timeout):
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=store, rank=number, world_size=count, timeout=limit)
     in_node = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
-    if shard == "hybrid" and world() % in_node:
-        raise UserError(f"--shard hybrid needs as many processes on each node: {world()} are no multiple of {in_node}")
+    sizes = set(from_all(in_node))
+    if shard == "hybrid" and len(sizes) > 1:
+        raise UserError(f"--shard hybrid needs as many processes on each node; there are {' and '.join(map(str, sorted(sizes)))}")
     shape = {"full": (1, world()), "hybrid": (world() // in_node, in_node), "none": (world(), 1)}[shard]  # replicas, shards
     mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicas", "shards"))
     return mesh["shards"] if shard == "full" else mesh
@@ -116,7 +118,8 @@ def largest_over_processes(number):
 
 
 def from_first(decide):
-    """What the first process gets from calling decide(), for all of them."""
+    """What the first process gets from calling decide(), for all of them, which wait for it here. If decide() fails, the first process
+    ends, and the others with it: see run."""
     decided = [decide() if first() else None]
     if dist.is_initialized():
         dist.broadcast_object_list(decided)
@@ -200,7 +203,7 @@ def clip_gradients(module, max_norm, name):
 
 # ---------------------------------------------------------------------------------------------------- failing together
 
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "remote process exited", "NCCL")
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "remote process exited", "collective operation timeout")
 
 
 def run(main):
@@ -214,17 +217,19 @@ def run(main):
     try:
         main()
     except Exception as error:
-        lost = isinstance(error, dist.DistError) or any(words in str(error) for words in LOST)
+        lost = isinstance(error, (dist.DistNetworkError, dist.DistStoreError)) or any(words in str(error) for words in LOST)
         time.sleep(2 * int(os.environ.get("LOCAL_RANK", "0")) + (20 if lost else 0))
-        script, rank = os.path.basename(sys.argv[0]), os.environ["RANK"]
+        script = os.path.basename(sys.argv[0])
         if isinstance(error, UserError):
             text = f"{script}: {error}"
         else:
-            text = f"{traceback.format_exc()}{script}: process {rank} failed: " + ("it has lost another process: " if lost else "") + str(error)
+            text = f"{traceback.format_exc()}{script}: process {os.environ['RANK']} failed: " + ("it has lost another process: " if lost else "") + str(error)
         print(text, file=sys.stderr, flush=True)
         tell_launcher(text.splitlines()[-1])
         # No clean end: a checkpoint that is being written may wait for a process that is gone.
         os._exit(error.status if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:  # before the run has begun: it then has a handler of its own
+        os._exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

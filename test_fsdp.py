@@ -70,6 +70,12 @@ def note_dtypes(out):
     train.adamw = watch
 
 
+def signal_at_the_first_picture():
+    """Before a run begins: let its first process get a SIGTERM while it draws the picture that comes before the first iteration."""
+    draw = faults.gmm.Gallery.draw
+    faults.gmm.Gallery.draw = lambda gallery, iteration: (fsdp.first() and os.kill(os.getpid(), signal.SIGTERM), draw(gallery, iteration))
+
+
 def kill_when_saved(out, iteration, flags, **launch):
     """kill -9 to all processes as soon as that checkpoint is there."""
     pids = faults.fork_train([*faults.RUN, *flags, "--out", out], out.parent / f"{out.name}.log", **launch)
@@ -111,6 +117,15 @@ def make_runs(work):
         shutil.copytree(work / f"fdistill-{before}-killed-copy", out)
         status, printed = faults.train_tiny(out, "--resume", out, processes=after)
         assert status == 0, printed
+
+
+    for processes in (0, 2):
+        out = work / f"signal-{processes}"
+        done = faults.train_tiny(out, "--out", out, *PLANE, processes=processes, before=signal_at_the_first_picture)
+        (work / f"signal-{processes}.json").write_text(json.dumps(done))
+    unequal = lambda: os.environ.update(LOCAL_WORLD_SIZE="1" if os.environ["RANK"] == "2" else "2", LOCAL_RANK=str(int(os.environ["RANK"]) % 2))
+    done = faults.train_tiny(work / "unequal", "--out", work / "unequal", "--shard", "hybrid", processes=3, before=unequal)
+    (work / "unequal.json").write_text(json.dumps(done))
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +223,9 @@ def test_draws_are_uniform_and_normal_and_differ_by_seed_and_index():
 @pytest.mark.parametrize("processes", [0, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_five_iterations_a_kill_and_five_more_are_ten_bit_for_bit(runs, variant, processes):
-    assert faults.same_state(runs / f"{variant}-{processes}-killed", runs / f"{variant}-{processes}-whole")
+    killed, whole = runs / f"{variant}-{processes}-killed", runs / f"{variant}-{processes}-whole"
+    assert faults.same_state(killed, whole)
+    assert row_of(killed) == row_of(whole)  # a row of means over ten iterations, of which five were before the kill
 
 
 @pytest.mark.parametrize("before, after", [(2, 4), (2, 0), (0, 2)])
@@ -260,6 +277,18 @@ def test_a_signal_to_torchrun_saves_and_says_how_to_go_on(tmp_path):
         printed = launcher.communicate()[0]
     done = int(re.search(r"interrupted after (\d+) of 1000 iterations; go on with: ", printed)[1])
     assert [int(folder.name) for folder in checkpoint.complete_checkpoints(out)] == [done]
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_signal_before_the_first_iteration_saves_too(runs, processes):
+    status, printed = json.loads((runs / f"signal-{processes}.json").read_text())
+    assert status == 128 + signal.SIGTERM and "interrupted after 1 of 10 iterations" in printed and "once more stops at once" in printed
+    assert [folder.name for folder in checkpoint.complete_checkpoints(runs / f"signal-{processes}")] == ["000001"]
+
+
+def test_hybrid_on_unequal_nodes_is_refused_by_all(runs):
+    status, printed = json.loads((runs / "unequal.json").read_text())
+    assert status == 2 and printed.count("needs as many processes on each node; there are 1 and 2") == 3, printed  # no launcher here ends the others
 
 
 def test_two_nodes(runs, tmp_path):

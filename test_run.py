@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import checkpoint
 import data
 import faults
+import gmm
 import laboratory
 import models
 import sample
@@ -393,6 +394,7 @@ def bad_inputs():
         ("train.py", ["--resume", "{tmp}/truncated/checkpoints/000004"], "000004 is damaged: shard-00001-model-00001-of-00001.safetensors has 100000 bytes"),
         ("train.py", ["--resume", "{tmp}/truncated"], "no checkpoint that is whole"),
         ("train.py", ["--resume", "{tmp}/no-checkpoint"], "no complete checkpoint"),
+        ("train.py", ["--resume", "{tmp}/nowhere"], "there is no such directory"),
         ("train.py", ["--resume", "{run}/checkpoints/000003"], "manifest.json is missing"),
         ("train.py", ["--resume", "{tmp}/no-file/checkpoints/000004"], "manifest.json is missing"),
         ("train.py", ["--resume", "{tmp}/other-weights"], "the teacher's weights are others"),
@@ -479,7 +481,7 @@ def test_a_checkpoint_of_something_else_is_refused(finished, tmp_path, capsys):
     save_file({name: torch.zeros(3) for name in state(finished)}, checkpoint.complete_checkpoints(tmp_path / "run")[0] / "shard-00001-model-00001-of-00001.safetensors")
     rewrite_manifest(tmp_path / "run", iteration=4)
     assert run("train.py", "--resume", tmp_path / "run", "--iterations", 6) == 2
-    assert "is none of this run: student.network.conv_in.weight is (3,), not" in capsys.readouterr().err
+    assert "does not fit this run: student.network.conv_in.weight is (3,), not" in capsys.readouterr().err
 
 
 def test_nothing_in_a_checkpoint_is_executed(finished, tmp_path, capsys):
@@ -503,13 +505,62 @@ def test_what_a_run_may_go_on_with_otherwise_if_it_is_meant(plane_run, tmp_path,
     assert run("train.py", "--resume", run_directory / "checkpoints" / "000002", "--iterations", 6, *changes) == 0
     assert "with a new GAN head" in capsys.readouterr().out
     assert json.loads((run_directory / "config.json").read_text())["learning_rate"] == 1e-5
-    assert newest(run_directory) == 6 and (run_directory / "checkpoints" / "000004.aside").is_dir() and "fake_score.head.layers.0.weight" in state(run_directory)
+    assert newest(run_directory) == 6 and (run_directory / "checkpoints" / "000004.aside-1").is_dir() and "fake_score.head.layers.0.weight" in state(run_directory)
     steps = {float(value) for name, value in state(run_directory).items() if name.startswith("student_optimizer") and name.endswith("step")}
     assert steps == {3.0}  # every second iteration of six
     assert run("train.py", "--resume", run_directory, "--iterations", 8, "--reset-optimizer") == 0
     assert "with new optimizers" in capsys.readouterr().out
     steps = {float(value) for name, value in state(run_directory).items() if name.startswith("student_optimizer") and name.endswith("step")}
     assert steps == {1.0}
+
+
+def stopped_at_its_beginning(monkeypatch, *arguments):
+    """A run that ends after config.json is written and before anything is computed."""
+    with monkeypatch.context() as context:
+        context.setattr(gmm.Gallery, "__init__", lambda *arguments: sys.exit(9))
+        assert run("train.py", *arguments) == 9
+
+
+def test_a_run_that_was_stopped_before_its_first_save_begins_again(plane_run, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    stopped_at_its_beginning(monkeypatch, "--out", out, "--iterations", 4, "--gan-weight", 0, *PLANE)
+    assert run("train.py", "--resume", out) == 0 and "from the beginning" in capsys.readouterr().out
+    assert faults.same_state(out, plane_run)
+
+
+def test_changes_and_new_optimizers_hold_when_the_first_save_was_never_reached(plane_run, tmp_path, capsys, monkeypatch):
+    meant, stopped = tmp_path / "meant", tmp_path / "stopped"
+    for out in (meant, stopped):
+        shutil.copytree(plane_run, out)
+    changes = ["--iterations", 8, "--learning-rate", "1e-5", "--gan-weight", "0.1", "--allow-changes", "--reset-optimizer"]
+    assert run("train.py", "--resume", meant, *changes) == 0
+    stopped_at_its_beginning(monkeypatch, "--resume", stopped, *changes)
+    assert run("train.py", "--resume", stopped, "--learning-rate", "3e-5") == 2  # another change, which nobody allowed
+    assert "learning_rate was 1e-05, is 3e-05" in capsys.readouterr().err
+    assert run("train.py", "--resume", stopped) == 0
+    assert faults.same_state(meant, stopped)
+    assert "with new optimizers" in capsys.readouterr().out
+    assert run("train.py", "--resume", stopped, "--iterations", 10) == 0
+    assert "with new optimizers" not in capsys.readouterr().out  # from here on there was a save
+
+
+def test_flags_are_those_of_the_checkpoint_that_is_gone_on_from(plane_run, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(plane_run, out)
+    assert run("train.py", "--resume", out, "--iterations", 6, "--learning-rate", "1e-5", "--allow-changes", "--keep", 3) == 0
+    shutil.copytree(out, tmp_path / "named")
+    assert run("train.py", "--resume", tmp_path / "named" / "checkpoints" / "000002") == 0
+    assert json.loads((tmp_path / "named" / "config.json").read_text())["learning_rate"] == 2e-4
+    # From where the rate was changed it goes on as it did then, also if what came after is damaged.
+    before = state(out)
+    os.truncate(next((out / "checkpoints" / "000006").glob("*.safetensors")), 1000)
+    assert run("train.py", "--resume", out) == 0 and "000006.aside-1" in capsys.readouterr().out
+    after = state(out)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    # What was set aside comes back when it gets its name back, with the flags that it had.
+    assert run("train.py", "--resume", tmp_path / "named" / "checkpoints" / "000002", "--iterations", 4) == 0
+    folder = tmp_path / "named" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["000002", "000004", "000004.aside-1", "000004.aside-2", "000006.aside-1"]
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path):

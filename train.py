@@ -17,6 +17,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -43,6 +44,7 @@ VARIANTS = {
     "fdistill": dict(gan_weight=5e-3, divergence="js"),                                            # 2502.15681
     "decoupled": dict(schedule="hybrid", normaliser="conditional"),                                # 2511.22677
 }
+DEFAULT_VARIANT = "dmd2"
 LOG_EVERY = 10
 # Where the health figures of a run that goes well stay; see losses.health. std is relative to the teacher's samples.
 HEALTHY = {
@@ -56,12 +58,12 @@ def add_method_flags(parser):
     method = parser.add_argument_group("method")
     method.add_argument("--model", metavar="PATH", help="diffusers directory, hub id, .safetensors file, gmm or gmm-imperfect (default: the embedded teacher)")
     method.add_argument("--prompts", metavar="FILE", help="training prompts, one a line (default: the embedded set's captions)")
-    method.add_argument("--variant", choices=VARIANTS, default="dmd2", help="preset of the switches below")
+    method.add_argument("--variant", choices=VARIANTS, help=f"preset of the switches below (default {DEFAULT_VARIANT})")
     method.add_argument("--student-steps", type=errors.positive, default=4, help="of the few-step sampler it is trained for")
     method.add_argument("--student-input", choices=("backward", "data"), default="backward",
                         help="what the student is trained on: its own earlier steps, or noised real data")
     method.add_argument("--guidance", type=errors.positive_number, default=sample.DEFAULT_GUIDANCE, help="of the teacher; 1 is none")
-    method.add_argument("--fake-updates", type=errors.positive, default=5, metavar="K", help="fake-score updates a student update")
+    method.add_argument("--fake-updates", type=errors.positive, default=5, metavar="K", help="fake-score updates for each of the student's")
     method.add_argument("--dm-weight", type=errors.weight, default=1.0, help="of distribution matching")
     method.add_argument("--ca-weight", type=errors.weight, default=1.0, help="of CFG augmentation")
     method.add_argument("--schedule", choices=("coupled", "full", "constrained", "hybrid"), default="coupled",
@@ -88,14 +90,15 @@ def parse_arguments(arguments=None):
     optimisation.add_argument("--fake-learning-rate", type=errors.positive_number, default=2e-4, help="of the fake score")
     optimisation.add_argument("--warmup", type=errors.natural, default=50, help="iterations until the learning rates are reached")
     optimisation.add_argument("--clip", type=errors.positive_number, default=10.0, help="largest norm of a gradient")
-    optimisation.add_argument("--ema", type=float, default=0.95, help="decay of the averaged student, a student update; 0 is none")
+    optimisation.add_argument("--ema", type=float, default=0.95, help="decay of the averaged student at each of its updates; 0 is none")
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", help="run directory (default: runs/VARIANT)")
     run.add_argument("--resume", nargs="?", const="", metavar="DIR",
-                     help="go on with the run in DIR, or in --out, from its newest checkpoint and with the flags that it was started with; "
-                          "DIR may also be a checkpoint, RUN/checkpoints/NUMBER")
-    run.add_argument("--allow-changes", action="store_true", help="with --resume: let flags, teacher or a new GAN head differ from before")
-    run.add_argument("--reset-optimizer", action="store_true", help="with --resume: start both optimizers afresh")
+                     help="go on with the run in DIR, or in --out, from its newest checkpoint and with the flags that it had; "
+                          "DIR may also be a checkpoint, RUN/checkpoints/NUMBER: later ones are then renamed NUMBER.aside-1")
+    run.add_argument("--allow-changes", action="store_true", help="with --resume: go on although flags or the teacher are not what they were, with a new head for a GAN "
+                          "that was not there")
+    run.add_argument("--reset-optimizer", action="store_true", help="with --resume: forget the moments and step counts of both optimizers")
     run.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
     run.add_argument("--seed", type=errors.natural, default=0, help="everything random follows from it")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -108,16 +111,20 @@ def parse_arguments(arguments=None):
                      help="under torchrun: what each process holds of the networks, 1/N, 1/N of its node's copy, or all")
     run.add_argument("--timeout", type=errors.positive, default=600, metavar="SECONDS", help="under torchrun: longest wait for another process")
     run.add_argument("--benchmark", type=errors.positive, metavar="N", help="time N iterations and write nothing")
-    args = parser.parse_args(arguments)
-    parser.set_defaults(**VARIANTS[args.variant])
-    if args.resume is not None:  # what is not said again stays as it was
-        saved = checkpoint.read_configuration(checkpoint.locate(args.resume or args.out or f"runs/{args.variant}")[0])
-        parser.set_defaults(**saved)
-        if parser.parse_args(arguments).variant != saved["variant"]:
-            parser.set_defaults(**VARIANTS[args.variant])
+    # From the weakest: what stands above, the variant's preset, what a run that is gone on with had, what is said now.
+    said = parser.parse_args(arguments)
+    out, named = checkpoint.locate(said.resume or said.out or f"runs/{said.variant or DEFAULT_VARIANT}")
+    restarted = checkpoint.begun_by_this_launch(out)  # by torchrun: goes on by itself
+    if restarted:
+        named = None
+    saved = checkpoint.saved_flags(out, named or checkpoint.newest(out))[0] if restarted or said.resume is not None else {}
+    variant = said.variant or saved.get("variant", DEFAULT_VARIANT)
+    parser.set_defaults(**saved | (VARIANTS[variant] if variant != saved.get("variant") else {}) | {"variant": variant})
     args = parser.parse_args(arguments)
     check_arguments(args, parser)
-    args.out, args.checkpoint = checkpoint.locate(args.resume) if args.resume else (Path(args.out or f"runs/{args.variant}"), None)
+    args.out, args.checkpoint = out, named
+    if restarted:  # what was said of the optimizers was said of the first beginning; see restore
+        args.resume, args.reset_optimizer = "", False
     return args
 
 
@@ -173,14 +180,17 @@ class Networks:
         lpips = args.regression == "lpips" and args.regression_weight > 0
         self.regression_loss = models.lpips_loss(model) if lpips else losses.regression_loss
 
-    def tensors(self, optimizers=True):
+    def tensors(self):
         """{name: tensor} of all that changes, which is what a checkpoint holds."""
-        modules = {"student": self.student, "averaged_student": self.averaged_student, "fake_score": self.fake_score}
-        named = {f"{part}.{name}": tensor for part, module in modules.items() for name, tensor in module.state_dict().items()}
-        for part, optimizer in (("student", self.student_optimizer), ("fake_score", self.fake_optimizer)) if optimizers else ():
-            for name, parameter in modules[part].named_parameters():
+        named = self.network_tensors()
+        for part, module, optimizer in (("student", self.student, self.student_optimizer), ("fake_score", self.fake_score, self.fake_optimizer)):
+            for name, parameter in module.named_parameters():
                 named |= {f"{part}_optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
         return named
+
+    def network_tensors(self):
+        modules = {"student": self.student, "averaged_student": self.averaged_student, "fake_score": self.fake_score}
+        return {f"{part}.{name}": tensor for part, module in modules.items() for name, tensor in module.state_dict().items()}
 
 
 def adamw(module, learning_rate):
@@ -332,10 +342,12 @@ def iterate(networks, sources, iteration, args):
 
 class Log:
     """metrics.jsonl, the curves, and one warning a health figure when it leaves its range. Every process keeps the rows; the first
-    one writes them."""
+    one writes them. saved: what save() gave after `iteration`."""
 
-    def __init__(self, out, teacher_std, iteration):
-        self.path, self.teacher_std, self.waiting, self.warned = out / "metrics.jsonl", teacher_std, {}, set()
+    def __init__(self, out, teacher_std, iteration, saved):
+        self.path, self.teacher_std, self.warned = out / "metrics.jsonl", teacher_std, set()
+        self.waiting, self.figures = {}, saved.get("figures", {})  # tensors of this process; their means over all, since the last row
+        self.began = time.perf_counter() - saved.get("seconds", 0)
         self.rows = fsdp.from_first(lambda: [row for row in self.read() if row["iteration"] <= iteration])  # what the checkpoint knows of
         if fsdp.first():
             checkpoint.replace_file(self.path, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in self.rows)))
@@ -345,17 +357,27 @@ class Log:
             with contextlib.suppress(ValueError):  # a run that is killed may leave its last line unfinished
                 yield json.loads(line)
 
-    def add(self, iteration, figures, seconds):
-        """Keep tensors, so that the accelerator is waited for only every LOG_EVERY iterations, when their means are written."""
+    def save(self):
+        """What a checkpoint has to know: the time so far, and the figures since the last row, {name: [value, ...]}. Only this waits for
+        the accelerator and the other processes."""
+        if self.waiting:
+            means = fsdp.mean_over_processes(torch.stack([value for values in self.waiting.values() for value in values])).tolist()
+            for name, values in self.waiting.items():
+                self.figures[name] = self.figures.get(name, []) + [means.pop(0) for _ in values]
+            self.waiting = {}
+        return {"seconds": time.perf_counter() - self.began, "figures": dict(self.figures)}
+
+    def add(self, iteration, figures):
+        """Keep an iteration's figures; write their means every LOG_EVERY iterations."""
         for name, value in figures.items():
             self.waiting.setdefault(name, []).append(value)
         if iteration % LOG_EVERY:
             return None
-        means = fsdp.mean_over_processes(torch.stack([torch.stack(values).mean() for values in self.waiting.values()]))
-        row = {"iteration": iteration, "seconds": round(seconds, 2)} | dict(zip(self.waiting, means.tolist()))
+        row = {"iteration": iteration, "seconds": round(self.save()["seconds"], 2)}
+        row |= {name: sum(values) / len(values) for name, values in self.figures.items()}
         if not all(math.isfinite(value) for value in row.values()):
             raise fsdp.NotFinite(f"a figure of iteration {iteration} is not finite: {row}")
-        self.waiting = {}
+        self.figures = {}
         self.rows.append(row)
         if fsdp.first():
             with checkpoint.explain_failed_write(self.path), open(self.path, "a") as file:
@@ -418,25 +440,34 @@ def student_writer(out, networks):
     return lambda: checkpoint.replace_folder(out / "student", write)
 
 
-def manifest_of(networks, config, iteration):
+def manifest_of(networks, config, iteration, log):
     network = networks.model.origin.network
-    return {"iteration": iteration, "processes": fsdp.world(), "teacher": networks.teacher_print, "config": config,
+    return {"iteration": iteration, "processes": fsdp.world(), "teacher": networks.teacher_print, "config": config, "log": log,
             "network": {"class": networks.model.network_class.__name__} | {k: v for k, v in network.config.items() if not k.startswith("_")}}
 
 
 def restore(networks, config, args):
-    """Put a checkpoint back; returns the number of iterations it has seen, and the checkpoint."""
-    folder, saved = checkpoint.choose(args.out, args.checkpoint)
-    present = fsdp.from_first(lambda: manifest_of(networks, config, 0))  # the teacher's print is the first process's
-    if not args.allow_changes:
-        fields = checkpoint.differing(saved["config"], config, MAY_DIFFER) + checkpoint.differing(saved["network"], present["network"])
-        fields += ["the teacher's weights are others"] * (saved["teacher"] != present["teacher"])
-        if fields:
-            raise errors.UserError(f"{folder} is of another configuration: {'; '.join(fields)}. If you mean it: --allow-changes")
-    new = checkpoint.load(folder, networks.tensors(not args.reset_optimizer),
-                          ("fake_score.head.", "fake_score_optimizer.head.") if args.allow_changes else ())
+    """Put a checkpoint back. Returns it with its manifest, (None, None) if there is none yet."""
+    folder, manifest = checkpoint.choose(args.out, args.checkpoint)
+    flags, began = fsdp.from_first(lambda: checkpoint.saved_flags(args.out, folder))
+    fields = [] if args.allow_changes else checkpoint.differing(flags, config, MAY_DIFFER)
+    # A beginning that came to no save is begun again as it was meant.
+    args.allow_changes |= began.get("allow_changes", False)
+    args.reset_optimizer |= began.get("reset_optimizer", False)
+    if folder and not args.allow_changes:
+        present = fsdp.from_first(lambda: manifest_of(networks, config, 0, {}))  # the teacher's print is the first process's
+        fields += checkpoint.differing(manifest["network"], present["network"])
+        fields += ["the teacher's weights are others"] * (manifest["teacher"] != present["teacher"])
+    if fields:
+        raise errors.UserError(f"{folder or args.out} is of another configuration: {'; '.join(fields)}. --resume {folder or args.out} "
+                               "without further flags takes them from there; --allow-changes goes on with them as they are now")
+    if not folder:
+        fsdp.say(f"{args.out} has no checkpoint yet: from the beginning")
+        return None, None
+    tensors = networks.network_tensors() if args.reset_optimizer else networks.tensors()
+    new = checkpoint.load(folder, tensors, ("fake_score.head.", "fake_score_optimizer.head.") if args.allow_changes else ())
     fsdp.say(f"going on from {folder}" + (", with a new GAN head" if new else "") + (", with new optimizers" if args.reset_optimizer else ""))
-    return saved["iteration"], folder
+    return folder, manifest
 
 
 # ---------------------------------------------------------------------------------------------------- the loop
@@ -446,49 +477,46 @@ MAY_DIFFER = ("iterations", "device", "dtype", "picture_every", "save_every", "k
 
 
 def train(networks, sources, config, args):
-    # Where to write, and where to start. torchrun's restarts go on by themselves.
-    out = args.out
-    restarted = fsdp.from_first(lambda: checkpoint.begun_by_this_launch(out))
-    if restarted and fsdp.from_first(lambda: bool(checkpoint.complete_checkpoints(out))):
-        args.resume, args.checkpoint = "", None
-        args.reset_optimizer = args.reset_optimizer and not fsdp.from_first(lambda: checkpoint.saved_by_this_launch(out))
-    resume = args.resume is not None
+    # Where to write, and where to start.
+    out, resume = args.out, args.resume is not None
     size = sum(p.numel() * p.element_size() for p in networks.student.parameters())
-    fsdp.from_first(lambda: checkpoint.prepare_run_directory(out, resume, args.overwrite or restarted, bytes_needed=7 * (args.keep + 1) * size))
-    start, folder = restore(networks, config, args) if resume else (0, None)
-    fsdp.from_first(lambda: checkpoint.write_beginning(out, config, folder))
+    fsdp.from_first(lambda: checkpoint.prepare_run_directory(out, resume, args.overwrite, bytes_needed=7 * (args.keep + 1) * size))
+    folder, manifest = restore(networks, config, args) if resume else (None, None)
+    start, saved_log = (manifest["iteration"], manifest.get("log", {})) if manifest else (0, {})
 
-    # What the run is watched by.
-    kind = gmm.Gallery if isinstance(networks.model, gmm.Model) else Gallery
-    gallery = kind(out, networks, sources.prompts, args)
-    log = Log(out, gallery.x_teacher.flatten(1).std(dim=1).mean().item(), start)
-    if start == 0:
-        gallery.draw(0)
-    elif start >= args.iterations:
-        fsdp.say(f"this run has had its {start} iterations already; --iterations asks for more")
     with StopAtSignal() as stop:
+        allowed = {"allow_changes": args.allow_changes, "reset_optimizer": args.reset_optimizer}
+        fsdp.from_first(lambda: checkpoint.write_beginning(out, config, folder, allowed))
+
+        # What the run is watched by.
+        kind = gmm.Gallery if isinstance(networks.model, gmm.Model) else Gallery
+        gallery = kind(out, networks, sources.prompts, args)
+        log = Log(out, gallery.x_teacher.flatten(1).std(dim=1).mean().item(), start, saved_log)
+        if start == 0:
+            gallery.draw(0)
+        elif start >= args.iterations:
+            fsdp.say(f"this run has had its {start} iterations already; --iterations asks for more")
         loop(networks, sources, config, args, gallery, log, start, stop)
     fsdp.say(f"pictures: {out}/pictures, curves: {out}/curves.png, student: {out}/student\n"
              f"sample it: python sample.py --student {out}")
 
 
 def loop(networks, sources, config, args, gallery, log, start, stop):
-    out, began = args.out, time.perf_counter() - (log.rows[-1]["seconds"] if log.rows else 0)
-    writer = checkpoint.Writer(out, args.keep)
+    out, writer = args.out, checkpoint.Writer(args.out, args.keep)
     progress = tqdm(range(start, args.iterations), initial=start, total=args.iterations, desc=args.variant, unit="it", disable=not fsdp.first())
 
     for iteration in progress:
         # Student step and fake-score step.
         try:
             figures = iterate(networks, sources, iteration, args)
-            row = log.add(iteration + 1, figures, time.perf_counter() - began)
+            row = log.add(iteration + 1, figures)
         except fsdp.NotFinite as error:
             progress.close()
             writer.wait()
             write_student = student_writer(out, networks)
             fsdp.from_first(write_student)
-            raise errors.UserError(f"stopped at iteration {iteration + 1}: {error}. The last good student is in {out / 'student'}; "
-                                   f"a lower --learning-rate or --clip usually helps", status=1) from None
+            raise errors.UserError(f"stopped at iteration {iteration + 1}: {error}. The last good student is in {out / 'student'}; to go on from the "
+                                   f"last checkpoint, more slowly: --resume {out} --allow-changes --learning-rate LOWER (or --clip)", status=1) from None
 
         # Log, picture, save.
         done = iteration + 1
@@ -500,7 +528,7 @@ def loop(networks, sources, config, args, gallery, log, start, stop):
             log.draw_curves()
         asked = fsdp.largest_over_processes(stop.asked)
         if done % args.save_every == 0 or done == args.iterations or asked:
-            writer.save(networks.tensors(), manifest_of(networks, config, done), student_writer(out, networks))
+            writer.save(networks.tensors(), manifest_of(networks, config, done, log.save()), student_writer(out, networks))
         writer.check()
         if asked and done < args.iterations:
             progress.close()
@@ -520,6 +548,8 @@ class StopAtSignal:
 
     def note(self, number, frame):
         self.asked = number
+        if fsdp.first():  # not by print, which the signal may have interrupted
+            os.write(2, b"\nstopping after this iteration and a save; once more stops at once\n")
         for handled in self.before:
             signal.signal(handled, signal.SIG_DFL)
 
@@ -549,7 +579,9 @@ def main():
     if args.benchmark:
         import benchmark
         return benchmark.run(args, prepare, iterate)
-    networks, sources = prepare(args, fsdp.start(args.shard, fsdp.own_device(args.device), args.timeout))
+    mesh = fsdp.start(args.shard, fsdp.own_device(args.device), args.timeout)
+    args = fsdp.from_first(lambda: args)  # what a run had is read from a disk, and another node's view of it may be older
+    networks, sources = prepare(args, mesh)
     unsaved = ("out", "checkpoint", "resume", "allow_changes", "reset_optimizer", "overwrite", "benchmark")
     train(networks, sources, {name: value for name, value in vars(args).items() if name not in unsaved}, args)
 
