@@ -46,6 +46,7 @@ def fork_train(flags, log, processes=0, nodes=1, before=None):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pids = []
+    Path(log).write_bytes(b"")
     for rank in range(max(processes, 1)):
         pid = os.fork()
         if pid == 0:
@@ -53,7 +54,7 @@ def fork_train(flags, log, processes=0, nodes=1, before=None):
                 in_node = processes // nodes
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % in_node), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(in_node),
                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            stream = os.open(log, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if rank else os.O_TRUNC))
+            stream = os.open(log, os.O_WRONLY | os.O_APPEND)
             os.dup2(stream, 1), os.dup2(stream, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
             sys.argv, status = ["train.py", *map(str, flags)], 1
