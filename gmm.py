@@ -186,6 +186,10 @@ class Model:
                 raise UserError(f"{prompt!r} is no prompt of {self.name}: its prompts are the labels 0 to {LABELS - 1}")
         return {"class_labels": torch.tensor([known[prompt] for prompt in prompts], device=self.device)}
 
+    @property
+    def uncond(self):
+        return self.encode([""])
+
     def real_data(self):
         return RealPoints(self)
 
@@ -342,10 +346,12 @@ class Gallery:
 
     def draw(self, iteration):
         networks, t = self.networks, len(self.networks.schedule) // 3
-        row = sample.student_row(networks.model, networks.averaged_student, self.args.student_steps)
+        row = sample.student_row(networks.averaged_student, networks.timesteps)
         x = row.draw(self.noise, self.cond)[..., 0, 0]
         panels = [self.teacher, (row.label, x, self.cond["class_labels"], None),
                   (f"direction of label 0\nat t = {t}", x[self.cond["class_labels"] == 0], torch.zeros(len(x), dtype=torch.long),
                    direction_field(networks, self.args, t))]
+        path = self.out / f"{iteration:06d}.png"
         if fsdp.first():
-            draw_panels(networks.model.mixture, panels, self.out / f"{iteration:06d}.png")
+            draw_panels(networks.model.mixture, panels, path)
+        return path

@@ -235,7 +235,7 @@ class PlaneMeter:
         self.target = model.target(self.label, args.guidance, generator) if args.guidance != 1 else self.unguided
 
     def draw(self):
-        return sample.student_row(self.networks.model, self.networks.averaged_student, self.args.student_steps).draw(self.noise, self.cond)[..., 0, 0]
+        return sample.student_row(self.networks.averaged_student, self.networks.timesteps).draw(self.noise, self.cond)[..., 0, 0]
 
     def measure(self, x, target):
         figures = gmm.measure(self.networks.model.mixture, x, self.label, target)
@@ -306,7 +306,7 @@ class EmojiMeter:
         self.networks, self.args, self.judge = networks, args, evaluation.Judge()
         chosen = torch.randperm(len(self.judge.captions), generator=torch.Generator().manual_seed(args.seed))[:100]
         self.prompts = [self.judge.captions[i] for i in chosen]
-        self.row = sample.student_row(networks.model, networks.averaged_student, args.student_steps)
+        self.row = sample.student_row(networks.averaged_student, networks.timesteps)
 
     def on_the_way(self, recent):
         return {name: recent[name].item() for name in ("std", "gap")}

@@ -11,15 +11,20 @@ and handed over without knowing which model family it belongs to.
 """
 
 import contextlib
+import copy
+import functools
 import hashlib
 import json
+import pickle
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+import torch.utils.checkpoint
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from errors import UserError
 
@@ -51,9 +56,10 @@ class Schedule:
         alpha, sigma = self.at(t, x0)
         return alpha * x0 + sigma * eps
 
-    def timesteps(self, steps):
-        """`steps` evenly spaced timesteps from the noisiest down: 4 of 1000 are 999, 749, 499, 249."""
-        return [len(self) * (steps - i) // steps - 1 for i in range(steps)]
+    def timesteps(self, steps, first=None):
+        """`steps` evenly spaced timesteps from the first (default: the noisiest) down: 4 of 1000 are 999, 749, 499, 249."""
+        count = len(self) if first is None else first + 1
+        return [count * (steps - i) // steps - 1 for i in range(steps)]
 
 
 def vp_schedule(alphas_cumprod):
@@ -115,7 +121,7 @@ class Denoiser(torch.nn.Module):
         alpha, sigma = self.schedule.at(t, x_t)
         scaled = x_t * edm_input_scale(sigma) if self.prediction == "edm" else x_t
         with compute_in(self.dtype, x_t.device):
-            output = self.network(scaled, self.schedule.network_time[t], return_dict=False, **cond)[0]
+            output = self.network(scaled, self.schedule.network_time[t], return_dict=False, **network_arguments(cond))[0]
         return x0_from_output(self.prediction, output.float(), x_t, alpha, sigma)
 
     def x0_and_features(self, x_t, t, cond):
@@ -126,6 +132,12 @@ class Denoiser(torch.nn.Module):
             return self(x_t, t, cond), seen[0]
         finally:
             hook.remove()
+
+
+def network_arguments(cond):
+    """The condition as the network takes it: SDXL's UNet wants what is not text states in a dict of its own."""
+    added = {name: cond[name] for name in ("text_embeds", "time_ids") if name in cond}
+    return {name: value for name, value in cond.items() if name not in added} | ({"added_cond_kwargs": added} if added else {})
 
 
 @contextlib.contextmanager
@@ -140,6 +152,30 @@ def compute_in(dtype, device):
         if device.type == "cpu":
             stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         yield
+
+
+def checkpoint_activations(denoiser):
+    """Compute activations again in the backward pass rather than keep them, with the very kernels of the first time."""
+    again = lambda: (contextlib.nullcontext(), compute_in(denoiser.dtype, denoiser.schedule.alpha.device))
+    denoiser.network.enable_gradient_checkpointing(functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, context_fn=again))
+
+
+def in_parts(size, function, *batches):
+    """function(*batches), called with at most `size` samples at once. Tensors and conditions are cut; numbers are handed on as they are.
+    With a part for all it is the plain call, and keeps its graph."""
+    count = len(batches[0])
+    if size >= count:
+        return function(*batches)
+    results = [function(*(samples(batch, slice(start, start + size)) for batch in batches)) for start in range(0, count, size)]
+    join = lambda pieces: None if pieces[0] is None else torch.cat(pieces)
+    return tuple(join(pieces) for pieces in zip(*results)) if isinstance(results[0], tuple) else join(results)
+
+
+def samples(batch, part):
+    """Those samples of a tensor or of a condition."""
+    if isinstance(batch, dict):
+        return {name: value[part] for name, value in batch.items()}
+    return batch[part] if isinstance(batch, torch.Tensor) else batch
 
 
 def cond_and_uncond_x0(teacher, x_t, t, cond, uncond, guidance):
@@ -234,91 +270,213 @@ def rollout(student, noise, cond, timesteps):
 
     noise (steps, B, ...); cond; timesteps, noisiest first, as many as noise has. Only the last step builds a graph.
     """
+    return student(last_input(student, noise, cond, timesteps), timesteps[-1], cond)
+
+
+@torch.no_grad()
+def last_input(student, noise, cond, timesteps):
+    """What the last step of the rollout is given: x_t at timesteps[-1]."""
     schedule = student.schedule
     x_t = schedule.noise_scale * noise[0]                                              # (B, C, H, W)
-    with torch.no_grad():
-        for t, s, eps in zip(timesteps, timesteps[1:], noise[1:]):
-            x0 = student(x_t, t, cond)
-            x_t = schedule.alpha[s] * x0 + schedule.sigma[s] * eps
-    return student(x_t, timesteps[-1], cond)
+    for t, s, eps in zip(timesteps, timesteps[1:], noise[1:]):
+        x0 = student(x_t, t, cond)
+        x_t = schedule.alpha[s] * x0 + schedule.sigma[s] * eps
+    return x_t
 
 
 # ---------------------------------------------------------------------------------------------------- models on disk
 
 class Model:
-    """A teacher as it lies on disk: text encoder, latents' decoder, and the network as a frozen Denoiser."""
+    """A Stable Diffusion 1.5 or 2 teacher as it lies on disk: text encoder, latents' decoder, and the network as a frozen Denoiser.
 
-    def __init__(self, name, tokenizer, text_encoder, vae, unet, scheduler, device, dtype, teacher_device=None):
-        self.name, self.device, self.dtype, self.network_class = name, torch.device(device), dtype, type(unet)
-        self.tokenizer = tokenizer
-        self.text_encoder = text_encoder.requires_grad_(False).eval().to(device, torch.float32)
-        self.vae = vae.requires_grad_(False).eval().to(device, torch.float32)
-        self.schedule, self.prediction = read_scheduler(scheduler, name)
+    Text encoder and decoder may lie on devices of their own; what they give is on `device`. Without a VAE there are latents only.
+    The network is kept in float32 unless `held_in` says otherwise: students start as copies of it.
+    """
+
+    def __init__(self, name, pipe, device="cpu", dtype=torch.float32, held_in=torch.float32, teacher_device=None, text_device=None, vae_device=None):
+        self.name, self.device, self.dtype, self.network_class = name, torch.device(device), dtype, type(pipe.unet)
+        self.schedule, self.prediction = read_scheduler(pipe.scheduler, name)
         self.schedule = self.schedule.to(device)
-        self.teacher = self.denoiser(unet, teacher_device).requires_grad_(False).eval()
+        self.text_device, self.vae_device = torch.device(text_device or device), torch.device(vae_device or device)
+        both = ((pipe.tokenizer, pipe.text_encoder), (getattr(pipe, "tokenizer_2", None), getattr(pipe, "text_encoder_2", None)))
+        self.text_encoders = [(tokenizer, encoder.requires_grad_(False).eval().to(self.text_device, dtype)) for tokenizer, encoder in both if encoder]
+        self.vae = pipe.vae and pipe.vae.requires_grad_(False).eval().to(self.vae_device, torch.float32)
+        self.zeros_for_no_text = pipe.config.get("force_zeros_for_empty_prompt", False)
+        network = check_network(pipe.unet, name).to(teacher_device or device, held_in)
+        self.teacher = self.denoiser(network).requires_grad_(False).eval()
         self.origin = self.teacher  # what student and fake score start as
-        self.sample_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        self.sample_shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
+        self.picture_size = network.config.sample_size * pipe.vae_scale_factor
 
-    def denoiser(self, network, device=None):
-        return Denoiser(network.to(device or self.device, torch.float32), self.schedule, self.prediction, self.dtype)
+    def denoiser(self, network):
+        return Denoiser(network, self.schedule, self.prediction, self.dtype)
+
+    @staticmethod
+    def pipeline_class():
+        from diffusers import StableDiffusionPipeline
+        return StableDiffusionPipeline
+
+    def encode(self, prompts):
+        """list of str -> cond: the last hidden states of all tokens, padding included."""
+        (tokenizer, encoder), = self.text_encoders
+        return {"encoder_hidden_states": self.run_encoder(tokenizer, encoder, prompts)[0].float().to(self.device)}   # (B, tokens, width)
 
     @torch.no_grad()
-    def encode(self, prompts):
-        """list of str -> cond. SD1.5: the last hidden states of all tokens, padding included; no condition is the empty prompt."""
-        ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length,
-                             return_tensors="pt").input_ids.to(self.device)
-        with compute_in(self.dtype, self.device):
-            text = self.text_encoder(ids)[0]
-        return {"encoder_hidden_states": text.float()}                                 # (B, tokens, width)
+    def run_encoder(self, tokenizer, encoder, prompts, **options):
+        ids = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+        with compute_in(self.dtype, self.text_device):
+            return encoder(ids.to(self.text_device), **options)
+
+    @functools.cached_property
+    def uncond(self):
+        """No condition: the empty prompt. (1, ...)"""
+        return self.encode([""])
 
     def pixels(self, x):
         """Latents (B, C, h, w) -> pictures (B, 3, H, W) in about [-1, 1], with a graph."""
-        return self.vae.decode(x / self.vae.config.scaling_factor).sample
+        if self.vae is None:
+            raise UserError("--vae none leaves out the decoder, without which there are no pictures")
+        return self.vae.decode((x / self.vae.config.scaling_factor).to(self.vae_device)).sample
 
     @torch.no_grad()
-    def decode(self, x):
+    def decode(self, x, batch_size=64):
         """Latents (B, C, h, w) -> pictures (B, 3, H, W) in [0, 1], on the CPU."""
-        parts = [self.pixels(part).float().cpu() for part in x.split(64)]
+        parts = [self.pixels(part).float().cpu() for part in x.split(batch_size)]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def latents(self, pictures):
-        """Pictures (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w)."""
-        return self.vae.encode(pictures.to(self.device)).latents * self.vae.config.scaling_factor
+        """Pictures (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w): the posterior's mode, where the encoder gives a distribution."""
+        encoded = self.vae.encode(pictures.to(self.vae_device))
+        x = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return (x * self.vae.config.scaling_factor).to(self.device)
+
+
+class XLModel(Model):
+    """Stable Diffusion XL: two text encoders, and a network that is also told the pooled text and the picture's size and place."""
+
+    @staticmethod
+    def pipeline_class():
+        from diffusers import StableDiffusionXLPipeline
+        return StableDiffusionXLPipeline
+
+    def encode(self, prompts):
+        """list of str -> cond: both encoders' last but one hidden states side by side; the second's pooled text; original height and
+        width, crop from the top and left, target height and width."""
+        states = []
+        for tokenizer, encoder in self.text_encoders:
+            output = self.run_encoder(tokenizer, encoder, prompts, output_hidden_states=True)
+            states.append(output.hidden_states[-2].float())
+        size = self.picture_size
+        time_ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32, device=self.device)
+        return {"encoder_hidden_states": torch.cat(states, -1).to(self.device),                    # (B, tokens, both widths)
+                "text_embeds": output.text_embeds.float().to(self.device),                         # (B, width)
+                "time_ids": time_ids.expand(len(prompts), -1)}                                     # (B, 6)
+
+    @functools.cached_property
+    def uncond(self):
+        """No condition: zeros for both kinds of text, or the empty prompt where the pipeline's configuration says so. (1, ...)"""
+        cond = self.encode([""])
+        return {name: value if name == "time_ids" or not self.zeros_for_no_text else torch.zeros_like(value) for name, value in cond.items()}
 
 
 def read_scheduler(scheduler, name):
-    """The schedule's tables and the prediction type, from a diffusers scheduler of Stable Diffusion's kind."""
+    """The schedule's tables and the prediction type, from a diffusers scheduler of Stable Diffusion's kind: its alphas_cumprod know of
+    beta_schedule, trained_betas and rescale_betas_zero_snr."""
     if not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(f"{name}: no noise schedule is known for the scheduler {type(scheduler).__name__}")
     prediction = scheduler.config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise UserError(f"{name}: prediction type {prediction!r} of its scheduler is not epsilon or v_prediction")
-    if scheduler.config.get("rescale_betas_zero_snr"):
-        raise UserError(f"{name}: rescale_betas_zero_snr of its scheduler is not supported")
+    if prediction == "epsilon" and scheduler.alphas_cumprod.min() < 1e-6:
+        raise UserError(f"{name}: its scheduler has a terminal signal-to-noise ratio of zero (rescale_betas_zero_snr), where a network that predicts "
+                        "epsilon says nothing of x0: such a model should predict v")
     return vp_schedule(scheduler.alphas_cumprod), prediction
 
 
-def load_model(path, device="cpu", dtype=torch.float32, teacher_device=None):
-    """A Stable Diffusion pipeline from a diffusers directory, a hub id, or one .safetensors file; or gmm.py's plane. teacher_device:
-    where the teacher's network is left, if not on the device: fsdp.shard brings it there block by block."""
-    options = dict(safety_checker=None, feature_extractor=None)
-    check_device(device)
+def check_network(unet, name):
+    """Refuse a UNet that is told or gives what we do not know of."""
+    config = unet.config
+    for field, known in (("addition_embed_type", (None, "text_time")), ("class_embed_type", (None,)), ("encoder_hid_dim_type", (None,)),
+                         ("time_cond_proj_dim", (None,)), ("num_class_embeds", (None,)), ("out_channels", (config.in_channels,))):
+        if config.get(field) not in known:
+            raise UserError(f"{name}: a UNet with {field} {config.get(field)!r} is not supported")
+    return unet
+
+
+# diffusers pipelines that we can read, and the parts of them that we do not need.
+PIPELINES = {"StableDiffusionPipeline": Model, "StableDiffusionXLPipeline": XLModel}
+UNUSED = dict(safety_checker=None, feature_extractor=None, image_encoder=None)
+
+
+def load_model(path, device="cpu", dtype=torch.float32, vae=None, **options):
+    """A Stable Diffusion pipeline from a diffusers directory, a hub id, or one .safetensors file; or gmm.py's plane. options: see
+    Model. vae: another decoder's directory or hub id; "none" leaves it out."""
+    for place in (device, options.get("text_device"), options.get("vae_device")):
+        check_device(place or device)
     import gmm  # which itself needs this module
     if str(path) in gmm.NAMES:
         return gmm.Model(str(path), device, dtype)
     with quiet_libraries():
-        from diffusers import StableDiffusionPipeline
+        import diffusers
+        kind = pipeline_kind(path)
+        parts = dict(UNUSED) | ({"vae": None} if vae == "none" else {})
+        if kind != "StableDiffusionPipeline":
+            del parts["safety_checker"]
         try:
+            if vae not in (None, "none"):
+                parts["vae"] = load_vae(vae)
             if Path(path).is_file():
-                pipe = StableDiffusionPipeline.from_single_file(path, **options)
+                pipe = getattr(diffusers, kind).from_single_file(path, **parts)
             else:
-                check_model_path(path)
-                pipe = StableDiffusionPipeline.from_pretrained(path, use_safetensors=True, requires_safety_checker=False,
-                                                               low_cpu_mem_usage=False, **options)
+                pipe = getattr(diffusers, kind).from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False, **parts)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"the model {path} cannot be loaded: {first_line(error)}") from None
-        return Model(str(path), pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.unet, pipe.scheduler, device, dtype, teacher_device)
+        return PIPELINES[kind](str(path), pipe, device, dtype, **options)
+
+
+def pipeline_kind(path):
+    """Name of the pipeline's class. Says at once what is wrong with a local directory, rather than let the hub be asked for it."""
+    from diffusers import DiffusionPipeline
+    if Path(path).is_file():
+        return file_kind(path)
+    if Path(path).is_dir():
+        if not (Path(path) / "model_index.json").is_file():
+            raise UserError(f"{path} is no diffusers pipeline: it has no model_index.json")
+        config = read_json(Path(path) / "model_index.json")
+    else:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            raise UserError(f"there is no model directory or file {path}, and it is no hub id (owner/name) either")
+        try:
+            config = DiffusionPipeline.load_config(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"the model {path} cannot be loaded: {first_line(error)}") from None
+    kind = config.get("_class_name")
+    if kind not in PIPELINES:
+        raise UserError(f"{path} is a {kind}; only {' and '.join(PIPELINES)} are supported")
+    return kind
+
+
+def file_kind(path):
+    """Whether one file with original names holds SDXL or Stable Diffusion 1.5 or 2: only the former has a second text encoder."""
+    try:
+        with safe_open(path, "pt") as archive:
+            return "StableDiffusionXLPipeline" if any(name.startswith("conditioner.embedders.1.") for name in archive.keys()) else "StableDiffusionPipeline"
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the model {path} cannot be loaded: {first_line(error)}") from None
+
+
+def load_vae(path):
+    """AutoencoderKL, or AutoencoderTiny: much smaller, good enough to look at a run by."""
+    import diffusers
+    try:
+        config = diffusers.AutoencoderKL.load_config(path)
+        kind = config.get("_class_name")
+        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+            raise UserError(f"--vae {path} holds a {kind}, not an AutoencoderKL or AutoencoderTiny")
+        return getattr(diffusers, kind).from_pretrained(path, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--vae {path} cannot be loaded: {first_line(error)}") from None
 
 
 def lpips_loss(model):
@@ -374,25 +532,70 @@ def quiet_libraries():
             library.enable_progress_bar()
 
 
-def check_model_path(path):
-    """Say at once what is wrong with a local directory, rather than let the hub be asked for it."""
-    index = Path(path) / "model_index.json"
-    if not index.is_file():
-        if Path(path).is_dir():
-            raise UserError(f"{path} is no diffusers pipeline: it has no model_index.json")
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-            raise UserError(f"there is no model directory or file {path}, and it is no hub id (owner/name) either")
-        return
-    name = read_json(index).get("_class_name")
-    if name != "StableDiffusionPipeline":
-        raise UserError(f"{path} is a {name}; only StableDiffusionPipeline is supported")
+# ---------------------------------------------------------------------------------------------------- students on disk
+
+# The layers that DMD2's LoRA students adapt.
+LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
+               "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+
+
+def trainable_copy(origin, rank=0, alpha=8.0, seed=0):
+    """A copy of the denoiser to train: the whole of it in float32, or, with a rank above 0, a LoRA of that rank on top of the origin's
+    own parameters, which then lie in the dtype that they are computed in."""
+    if rank == 0:
+        return copy.deepcopy(origin).requires_grad_(True)
+    from peft import LoraConfig
+    if not hasattr(origin.network, "add_adapter"):
+        raise UserError("--lora needs a UNet of diffusers")
+    origin.to(origin.dtype)
+    shared = {id(parameter): parameter for parameter in origin.parameters()}
+    student = copy.deepcopy(origin, shared).requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student.network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(LORA_LAYERS)))
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return student
+
+
+def save_lora(network, state, folder, model):
+    """Write a LoRA as `pipe.load_lora_weights(folder)` reads it. Its alpha goes into the weights, since some programs do not look for it."""
+    config = network.peft_config["default"]
+    scale = config.lora_alpha / config.r
+    state = {name.replace(".default.", "."): (tensor * scale if ".lora_B." in name else tensor).contiguous() for name, tensor in state.items()}
+    metadata = config.to_dict() | {"lora_alpha": config.r}
+    model.pipeline_class().save_lora_weights(folder, unet_lora_layers=state, unet_lora_adapter_metadata=metadata)
+
+
+def check_peft(flag):
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise UserError(f"{flag} needs a package that is not installed: pip install peft") from None
 
 
 def load_student(path, model):
-    """A student's Denoiser, from a run directory (its student/) or from a diffusers UNet directory of the teacher's shape."""
-    folder = Path(path) / "student" if (Path(path) / "student").is_dir() else Path(path)
+    """A student's Denoiser, from a run directory (its student/), a diffusers UNet directory, a file of a UNet's weights with diffusers'
+    names (.safetensors, .bin, .pt: DMD2's releases), or a LoRA file, which is merged into a copy of the teacher."""
+    path = Path(path) / "student" if (Path(path) / "student").is_dir() else Path(path)
+    path = path / LORA_FILE if (path / LORA_FILE).is_file() else path
+    if path.is_dir():
+        network = unet_from_folder(path, model)
+    elif path.is_file():
+        weights = read_weights(path)
+        network = copy.deepcopy(model.origin.network)
+        (merge_lora if any("lora" in name for name in weights) else load_weights)(network, weights, path, model)
+    else:
+        raise UserError(f"there is no student at {path}")
+    parameter = next(model.origin.parameters())
+    return model.denoiser(network.to(parameter.device, parameter.dtype)).requires_grad_(False).eval()
+
+
+def unet_from_folder(folder, model):
     if not (folder / "config.json").is_file():
-        raise UserError(f"there is no student at {path}: neither student/config.json nor config.json is there")
+        raise UserError(f"there is no student at {folder}: neither student/config.json nor config.json is there")
     try:
         kind = model.network_class
         config = kind.load_config(folder)
@@ -400,10 +603,48 @@ def load_student(path, model):
             raise UserError(f"{folder} holds a {config.get('_class_name')}, not a {kind.__name__}")
         check_same_architecture(config, model, folder)
         with quiet_libraries():
-            network = kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
-            return model.denoiser(network).requires_grad_(False).eval()
+            return kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the student {folder} cannot be loaded: {first_line(error)}") from None
+
+
+def read_weights(path):
+    """{name: tensor} of a .safetensors file or of one that torch.save wrote, of which nothing is executed."""
+    try:
+        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        why = "it holds more than weights, which is not loaded" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        raise UserError(f"the student {path} cannot be loaded: {why}") from None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"the student {path} is no file of weights by name")
+    return weights
+
+
+def load_weights(network, weights, path, model):
+    own = network.state_dict()
+    wrong = next((f"{name} is {tuple(weights[name].shape)}, not {tuple(own[name].shape)}" for name in own if name in weights and weights[name].shape != own[name].shape), None)
+    missing, unknown = [name for name in own if name not in weights], [name for name in weights if name not in own]
+    if missing or unknown or wrong:
+        raise UserError(f"the student {path} does not fit {model.name}: " + (wrong or (f"it has no {missing[0]}" if missing else f"{unknown[0]} is not known there")))
+    network.load_state_dict(weights)
+
+
+def merge_lora(network, weights, path, model):
+    """Add a LoRA, in diffusers' format or one that diffusers converts (kohya's), to the network's own weights."""
+    check_peft(f"the LoRA {path}")
+    kind = model.pipeline_class()
+    try:
+        with quiet_libraries():
+            state, alphas, metadata = kind.lora_state_dict(str(path), unet_config=network.config, return_lora_metadata=True)
+            names = {name.split(".lora")[0].removeprefix("unet.") for name in state if name.startswith("unet.")}
+            modules = {name for name, _ in network.named_modules()}
+            if not names or names - modules:
+                raise UserError(f"the LoRA {path} does not fit {model.name}: " + (f"{min(names - modules)} is not known there" if names else "it has no part for the UNet"))
+            kind.load_lora_into_unet(state, network_alphas=alphas, unet=network, metadata=metadata)
+            network.fuse_lora()
+            network.unload_lora()
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
+        raise UserError(f"the LoRA {path} does not fit {model.name}: {first_line(error)}") from None
 
 
 def check_same_architecture(config, model, folder):

@@ -4,6 +4,7 @@
     python sample.py --prompts "cat face" "red apple" "crescent moon" # words ...
     python sample.py --prompts prompts.txt --out grid.png             # ... or a file, one prompt a line
     python sample.py --student runs/mine --steps 4 1 --guidance 5     # another run; rows for 4 and 1 student steps
+    python sample.py --student dmd2_sdxl_4step_unet_fp16.bin --model stabilityai/stable-diffusion-xl-base-1.0 --dtype fp16 --images out
 
 Rows: the teacher at --teacher-steps with guidance, the teacher at the most and the fewest steps of the student (what
 distillation buys), then the student. Seconds a picture are the sampler's, decoding left out; the ratio is to the first row.
@@ -16,6 +17,7 @@ from typing import Callable
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 import data
 import errors
@@ -35,22 +37,20 @@ class Row:
 
 
 def teacher_row(model, steps, guidance):
-    uncond = model.encode([""])
-
     @torch.no_grad()
     def draw(noise, cond):
-        x0_of = lambda x_t, t: models.guided_x0(model.teacher, x_t, t, cond, uncond, guidance)
+        x0_of = lambda x_t, t: models.guided_x0(model.teacher, x_t, t, cond, model.uncond, guidance)
         return models.deterministic_sample(x0_of, noise[0], model.schedule.timesteps(steps), model.schedule)
 
     return Row(f"teacher, {steps} step{'s' * (steps > 1)}\nguidance {guidance:g}", draw)
 
 
-def student_row(model, student, steps):
+def student_row(student, timesteps):
     @torch.no_grad()
     def draw(noise, cond):
-        return models.rollout(student, noise[:steps], cond, model.schedule.timesteps(steps))
+        return models.rollout(student, noise[:len(timesteps)], cond, timesteps)
 
-    return Row(f"student, {steps} step{'s' * (steps > 1)}", draw)
+    return Row(f"student, {len(timesteps)} step{'s' * (len(timesteps) > 1)}", draw)
 
 
 def column_noise(model, columns, steps, seed):
@@ -76,10 +76,14 @@ def draw_grid(rows, columns, path):
     for j, (label, pictures) in enumerate(rows):
         pen.multiline_text((10, top + cell * (j + 0.5)), label, font=font, fill="black", anchor="lm", spacing=5)
         for i, picture in enumerate(pictures):
-            pixels = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-            tile = Image.fromarray(pixels).resize((size * zoom, size * zoom), Image.Resampling.BICUBIC)
+            tile = to_image(picture).resize((size * zoom, size * zoom), Image.Resampling.BICUBIC)
             sheet.paste(tile, (left + cell * i + 4, top + cell * j + 4))
     save_picture(sheet, path)
+
+
+def to_image(picture):
+    """(3, H, W) in [0, 1] -> PIL."""
+    return Image.fromarray((picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
 
 
 def wrap(text, font, width, lines=3):
@@ -119,10 +123,10 @@ def write_text(sheet, text, place):
     ImageDraw.Draw(sheet).text(place, text, font=ImageFont.load_default(14), fill="black", anchor="lm")
 
 
-def save_picture(picture, path):
+def save_picture(picture, path, **options):
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        picture.save(path, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"the picture {path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
@@ -131,15 +135,26 @@ def save_picture(picture, path):
 
 def add_common_flags(parser):
     """Flags that sample.py and eval.py share."""
-    parser.add_argument("--student", metavar="DIR", help=f"run directory or UNet directory (default {DEFAULT_RUN})")
+    parser.add_argument("--student", metavar="PATH", help="run directory, UNet directory, file of a UNet's weights (.safetensors, .bin, .pt) or LoRA file "
+                                                         f"(default {DEFAULT_RUN})")
     parser.add_argument("--model", metavar="PATH", help="the teacher (default: the one the student's run names, else the embedded one)")
     parser.add_argument("--steps", type=errors.positive, nargs="+",
                         help="numbers of student steps (default: what it was distilled for, half of it, and 1)")
+    parser.add_argument("--first-timestep", type=errors.natural, metavar="T", help="of the student's sampler (default: what it was distilled for, else the noisiest)")
     parser.add_argument("--teacher-steps", type=errors.positive, default=50)
     parser.add_argument("--guidance", type=errors.positive_number, help="of the teacher (default: what the student was distilled with)")
     parser.add_argument("--seed", type=errors.natural, default=0, help="of the noise")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
+    parser.add_argument("--dtype", type=errors.dtype("float32", "bfloat16", "float16"), default="float32", metavar="DTYPE",
+                        help="float32, bfloat16 (bf16) or float16 (fp16): of networks and matrix products; the decoder stays float32")
+    parser.add_argument("--vae", metavar="PATH", help="another decoder, such as madebyollin/taesd")
+    parser.add_argument("--vae-device", metavar="DEVICE", help="such as cpu (default: --device)")
+    parser.add_argument("--text-device", metavar="DEVICE", help="of the text encoders (default: --device)")
+
+
+def run_configuration(student):
+    """config.json of a run directory; nothing of anything else."""
+    return models.read_json(Path(student) / "config.json") if (Path(student) / "student").is_dir() else {}
 
 
 def load_teacher_and_student(args, teacher_only=False):
@@ -148,14 +163,18 @@ def load_teacher_and_student(args, teacher_only=False):
     if not run.exists() and not teacher_only:
         hint = "" if args.student else ": make one with `python train.py`, or name another with --student"
         raise UserError(f"there is no student at {run}{hint}")
-    config = models.read_json(run / "config.json") if (run / "student").is_dir() and not teacher_only else {}
-    model = models.load_model(args.model or config.get("model") or data.EMOJI_TEACHER, args.device, getattr(torch, args.dtype))
+    config = {} if teacher_only else run_configuration(run)
+    dtype = getattr(torch, args.dtype)
+    model = models.load_model(args.model or config.get("model") or data.EMOJI_TEACHER, args.device, dtype, vae=args.vae, held_in=dtype,
+                              text_device=args.text_device, vae_device=args.vae_device)
     if not args.steps:
         most = config.get("student_steps", 4)
         args.steps = sorted({most, max(1, most // 2), 1}, reverse=True)
-    longest = max(args.teacher_steps, *args.steps)
-    if longest > len(model.schedule):
-        raise UserError(f"{longest} steps are more than the {len(model.schedule)} noise levels of {model.name}")
+    if args.first_timestep is None:
+        args.first_timestep = config.get("first_timestep")
+    levels = len(model.schedule) if args.first_timestep is None else args.first_timestep + 1
+    if not max(args.steps) <= levels <= len(model.schedule) or args.teacher_steps > len(model.schedule):
+        raise UserError(f"{max(args.teacher_steps, *args.steps)} steps, or a first timestep of {levels - 1}, are more than the {len(model.schedule)} noise levels of {model.name}")
     student = None if teacher_only else models.load_student(run, model)
     return model, student, args.guidance or config.get("guidance") or DEFAULT_GUIDANCE
 
@@ -163,28 +182,48 @@ def load_teacher_and_student(args, teacher_only=False):
 def parse_arguments():
     parser = errors.Parser(__doc__)
     add_common_flags(parser)
-    parser.add_argument("--prompts", nargs="+", help="prompts in quotes, or one .txt file with a prompt a line")
+    parser.add_argument("--prompts", nargs="+", help="prompts in quotes, or one file of them: .txt, one a line, or a pickled list")
     parser.add_argument("--out", default="samples.png", metavar="FILE")
+    parser.add_argument("--images", metavar="DIR", help="write each picture as a PNG of its own too, with prompt and settings in its metadata")
+    parser.add_argument("--batch-size", type=errors.positive, default=64, help="pictures drawn at once")
+    parser.add_argument("--vae-slicing", action="store_true", help="decode one picture at a time")
     return parser.parse_args()
 
 
 def chosen_prompts(words):
-    prompts = data.read_prompts(words[0]) if len(words) == 1 and words[0].endswith(".txt") else list(words)
+    prompts = data.read_prompts(words[0]) if len(words) == 1 and words[0].endswith((".txt", ".pkl")) else list(words)
     if not any(prompt.strip() for prompt in prompts):
         raise UserError("--prompts holds no prompt")
     return prompts
 
 
-def timed(row, noise, cond):
+def draw_in_batches(row, noise, cond, size):
+    parts = range(0, noise.shape[1], size)
+    return torch.cat([row.draw(noise[:, i:i + size], models.samples(cond, slice(i, i + size))) for i in parts])
+
+
+def timed(row, noise, cond, size):
     """x0 and the seconds it took, the better of two runs, since another process may disturb one."""
     best = float("inf")
     for _ in range(2):
         start = time.perf_counter()
-        x0 = row.draw(noise, cond)
+        x0 = draw_in_batches(row, noise, cond, size)
         if x0.is_cuda:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return x0, best
+
+
+def save_images(folder, rows, prompts, model, args):
+    """rows: [(Row, pictures), ...]. One PNG each, which says how it was made."""
+    for row, pictures in rows:
+        title = row.label.replace("\n", ", ")
+        for i, (prompt, picture) in enumerate(zip(prompts, pictures)):
+            about = PngInfo()
+            for name, value in (("prompt", prompt), ("sampler", title), ("model", model.name), ("student", str(args.student or DEFAULT_RUN)), ("seed", args.seed),
+                                ("column", i), ("dtype", args.dtype)):
+                about.add_text(name, str(value))
+            save_picture(to_image(picture), Path(folder) / f"{i:03d} {title}.png", pnginfo=about)
 
 
 def main():
@@ -193,16 +232,18 @@ def main():
     if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out {args.out} should end in .png, .jpg or .webp")
     model, student, guidance = load_teacher_and_student(args)
+    if args.vae_slicing:
+        model.vae.enable_slicing()
     prompts = chosen or getattr(model, "sample_prompts", PROMPTS)
     cond = model.encode(prompts)
     noise = column_noise(model, len(prompts), max(args.steps), args.seed)
     few = sorted({max(args.steps), min(args.steps)}, reverse=True)
     rows = [teacher_row(model, steps, guidance) for steps in (args.teacher_steps, *few)]
-    rows += [student_row(model, student, steps) for steps in args.steps]
-    rows[-1].draw(noise, cond)  # the first call of all is slower than the rest, and no row should pay for that
+    rows += [student_row(student, model.schedule.timesteps(steps, args.first_timestep)) for steps in args.steps]
+    draw_in_batches(rows[-1], noise, cond, args.batch_size)  # the first call of all is slower than the rest, and no row should pay for that
     drawn, first = [], None
     for row in rows:
-        x0, seconds = timed(row, noise, cond)
+        x0, seconds = timed(row, noise, cond, args.batch_size)
         seconds /= len(prompts)
         first = first or seconds
         label = f"{row.label}\n{seconds * 1000:.3g} ms a picture\n{first / seconds:.3g} x the speed"
@@ -211,8 +252,11 @@ def main():
     if hasattr(model, "draw_rows"):  # the plane: clouds of points
         model.draw_rows(drawn, prompts, args.out)
     else:
-        draw_grid([(label, model.decode(x0)) for label, x0 in drawn], prompts, args.out)
-    print(f"pictures: {args.out}")
+        drawn = [(label, model.decode(x0, args.batch_size)) for label, x0 in drawn]
+        draw_grid(drawn, prompts, args.out)
+        if args.images:
+            save_images(args.images, [(row, pictures) for row, (_, pictures) in zip(rows, drawn)], prompts, model, args)
+    print(f"pictures: {args.out}" + (f", {args.images}/" if args.images else ""))
 
 
 if __name__ == "__main__":

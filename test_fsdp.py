@@ -275,7 +275,7 @@ def test_a_signal_to_torchrun_saves_and_says_how_to_go_on(tmp_path):
             time.sleep(0.1)
         launcher.send_signal(signal.SIGTERM)
         printed = launcher.communicate()[0]
-    done = int(re.search(r"interrupted after (\d+) of 1000 iterations; go on with: ", printed)[1])
+    done = int(re.search(r"interrupted after (\d+) of 1000 iterations; go on with --resume ", printed)[1])
     assert [int(folder.name) for folder in checkpoint.complete_checkpoints(out)] == [done]
 
 

@@ -101,7 +101,7 @@ PLANE = ["--model", "gmm", "--batch-size", "8", "--fake-updates", "2", "--pictur
 @pytest.fixture(scope="module")
 def plane_pairs(tmp_path_factory):
     out = tmp_path_factory.mktemp("pairs") / "plane"
-    assert run("data.py", "--model", "gmm", "--out", out, "--count", 300, "--steps", 4, "--guidance", 3) == 0
+    assert run("data.py", "pairs", "--model", "gmm", "--out", out, "--count", 300, "--steps", 4, "--guidance", 3) == 0
     return out
 
 
@@ -140,11 +140,11 @@ def test_pairs_are_made_once_and_go_on_where_they_stopped(plane_pairs, tmp_path,
     before = (tmp_path / "pairs" / "00000.safetensors").stat().st_mtime_ns
     (tmp_path / "pairs" / "00001.safetensors").unlink()  # as if interrupted before it
     flags = ["--model", "gmm", "--out", tmp_path / "pairs", "--steps", 4, "--guidance", 3]
-    assert run("data.py", *flags, "--count", 300) == 0
+    assert run("data.py", "pairs", *flags, "--count", 300) == 0
     assert (tmp_path / "pairs" / "00000.safetensors").stat().st_mtime_ns == before
     for name in ("00000", "00001"):
         assert (tmp_path / "pairs" / f"{name}.safetensors").read_bytes() == (plane_pairs / f"{name}.safetensors").read_bytes()
-    assert run("data.py", *flags, "--count", 300, "--seed", 1) == 2
+    assert run("data.py", "pairs", *flags, "--count", 300, "--seed", 1) == 2
     assert "seed was 0, is 1" in capsys.readouterr().err
 
 
@@ -196,16 +196,16 @@ def test_verdicts_need_a_95_percent_interval():
 
 def test_interrupted_run_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     """The real signal, sent from inside the second iteration."""
-    real = models.rollout
+    real = models.last_input
     calls = []
 
-    def rollout_and_interrupt(*args):
+    def run_and_interrupt(*args):
         calls.append(1)
         if len(calls) == 3:  # the first is the gallery's
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(models, "rollout", rollout_and_interrupt)
+    monkeypatch.setattr(models, "last_input", run_and_interrupt)
     before = signal.getsignal(signal.SIGINT)
     assert run("train.py", "--out", tmp_path / "run", "--iterations", 9, *TINY) == 130
     assert signal.getsignal(signal.SIGINT) == before
@@ -236,14 +236,14 @@ def test_a_disk_that_fills_up_leaves_the_earlier_state(finished, tmp_path, capsy
 
 
 def test_a_health_figure_out_of_range_is_warned_of_once(tmp_path, capsys):
-    log = train.Log(tmp_path, teacher_std=1.0, iteration=0)
+    log = train.Log(tmp_path, teacher_std=1.0, iteration=0, saved={})
     figures = {"std": torch.tensor(1.1), "gap": torch.tensor(0.8)}
     for iteration in range(10, 60, 10):
-        log.add(iteration, figures, seconds=1.0)
+        log.add(iteration, figures)
         log.check_health()
     assert "warning" not in capsys.readouterr().out
     for iteration in range(60, 400, 10):
-        log.add(iteration, figures | {"std": torch.tensor(2.5)}, seconds=1.0)
+        log.add(iteration, figures | {"std": torch.tensor(2.5)})
         log.check_health()
     printed = capsys.readouterr().out
     assert printed.count("warning") == 1 and "over-saturates" in printed
@@ -303,7 +303,7 @@ def test_student_in_plain_diffusers_draws_what_our_sampler_draws(finished):
     model = models.load_model(data.EMOJI_TEACHER)
     generator = torch.Generator().manual_seed(0)
     noise = torch.stack([torch.randn(2, *model.sample_shape, generator=generator) for _ in range(4)])
-    row = sample.student_row(model, models.load_student(finished, model), 4)
+    row = sample.student_row(models.load_student(finished, model), model.schedule.timesteps(4))
     ours = model.decode(row.draw(noise, model.encode(["cat face", "red apple"])))
     pipe = StableDiffusionPipeline.from_pretrained(data.EMOJI_TEACHER, safety_checker=None,
                                                    unet=UNet2DConditionModel.from_pretrained(finished / "student"))
@@ -361,21 +361,21 @@ def bad_inputs():
         ("train.py", ["--dm-weight", "0", "--ca-weight", "0", "--gan-weight", "0.00"], "nothing moves the student"),
         ("train.py", ["--mean-variance-target", "nan", "1"], "are not a mean and a variance"),
         ("train.py", ["--model", "gmm", "--variant", "dmd", "--pairs", "{tmp}/pairs", "--guidance", "7"], "made with guidance 3, the run has 7"),
-        ("train.py", ["--model", "gmm", "--variant", "dmd", "--pairs", "{tmp}/unfinished-pairs"], "holds 256 of 300 pairs"),
+        ("train.py", ["--model", "gmm", "--variant", "dmd", "--pairs", "{tmp}/unfinished-pairs"], "lacks 1 of 2 files of 300 noise-image pairs"),
         ("train.py", ["--model", "gmm", "--variant", "dmd", "--pairs", "{tmp}/pairs", "--regression", "lpips"], "compares pictures"),
         ("train.py", ["--schedule", "mixed"], "invalid choice"),
         ("train.py", ["--mean-variance-target", "0", "0"], "are not a mean and a variance"),
         ("train.py", ["--variant", "dmd"], "needs noise-image pairs"),
         ("train.py", ["--variant", "dmd", "--pairs", "{tmp}/absent"], "no noise-image pairs in"),
-        ("train.py", ["--variant", "dmd", "--pairs", "{tmp}/damaged-pairs"], "damaged or holds no noise-image pairs"),
-        ("train.py", ["--variant", "dmd", "--pairs", "{tmp}/pairs"], "holds pairs of shape (2, 1, 1)"),
+        ("train.py", ["--variant", "dmd", "--pairs", "{tmp}/damaged-pairs"], "damaged or holds no noise and x0"),
+        ("train.py", ["--variant", "dmd", "--pairs", "{tmp}/pairs"], "holds samples of shape (2, 1, 1)"),
         ("train.py", ["--model", "{tmp}/elsewhere", "--variant", "dmd2"], "need real data"),
         ("train.py", ["--model", "{tmp}/elsewhere", "--variant", "decoupled", "--student-input", "data"], "need real data"),
         ("train.py", ["--model", "gmm", "--prompts", "{tmp}/words.txt", "--out", "{tmp}/words"], "'cat' is no prompt of gmm"),
         ("train.py", ["@{tmp}/absent.args"], "the recipe cannot be read: No such file"),
-        ("data.py", [], "--out"),
-        ("data.py", ["--out", "/proc/nowhere"], "cannot be written to"),
-        ("data.py", ["--out", "{tmp}/many", "--steps", "5000"], "noise levels"),
+        ("data.py", ["pairs"], "--out"),
+        ("data.py", ["pairs", "--out", "/proc/nowhere"], "cannot be written to"),
+        ("data.py", ["pairs", "--out", "{tmp}/many", "--steps", "5000"], "noise levels"),
         ("laboratory.py", ["--claim", "99"], "there is no claim 99"),
         ("laboratory.py", ["--out", "/proc/nowhere"], "cannot be written to"),
         ("train.py", ["--model", "{tmp}/absent/model"], "no model directory"),
@@ -395,7 +395,7 @@ def bad_inputs():
         ("train.py", ["--resume", "{tmp}/truncated"], "no checkpoint that is whole"),
         ("train.py", ["--resume", "{tmp}/no-checkpoint"], "no complete checkpoint"),
         ("train.py", ["--resume", "{tmp}/nowhere"], "there is no such directory"),
-        ("train.py", ["--resume", "{run}/checkpoints/000003"], "manifest.json is missing"),
+        ("train.py", ["--resume", "{run}/checkpoints/000003"], "there is no checkpoint"),
         ("train.py", ["--resume", "{tmp}/no-file/checkpoints/000004"], "manifest.json is missing"),
         ("train.py", ["--resume", "{tmp}/other-weights"], "the teacher's weights are others"),
         ("train.py", ["--resume", "{tmp}/other-network"], "norm_eps was 0.001, is"),
@@ -455,7 +455,7 @@ def test_bad_input_is_one_line_and_status_2_and_changes_nothing(script, argument
 
 def test_lpips_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    assert run("data.py", "--out", tmp_path / "pairs", "--count", 2, "--steps", 2) == 0
+    assert run("data.py", "pairs", "--out", tmp_path / "pairs", "--count", 2, "--steps", 2) == 0
     assert run("train.py", "--variant", "dmd", "--pairs", tmp_path / "pairs", "--regression", "lpips") == 2
     assert "--regression lpips needs a package that is not installed: pip install lpips" in capsys.readouterr().err
 

@@ -5,16 +5,17 @@
     python train.py --variant decoupled              # another paper's method: a preset of the switches below
     python train.py --variant dmd2 --gan-weight 0    # the same with one switch changed
     python train.py @recipes/gmm.args                # the plane, whose scores are known exactly: seconds
-    python train.py --model DIR --prompts FILE.txt   # any Stable Diffusion 1.5 pipeline in diffusers format
+    python train.py @recipes/sd15_decoupled_4step.args --model PATH --prompts captions.txt     # Stable Diffusion 1.5; recipes/ has more
     python train.py --benchmark 20                   # seconds an iteration, and what of them the networks take
     torchrun --standalone --nproc_per_node=2 train.py          # the same run on two processes (fsdp.py)
 
 The run directory holds config.json, metrics.jsonl, curves.png, pictures/, checkpoints/ (for --resume) and student/, the averaged
-student as a diffusers network.
+student as a diffusers network or LoRA.
 """
 
 import contextlib
-import copy
+import functools
+import importlib
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import errors
+import export
 import fsdp
 import gmm
 import losses
@@ -46,6 +48,10 @@ VARIANTS = {
 }
 DEFAULT_VARIANT = "dmd2"
 LOG_EVERY = 10
+# Flags that a run may go on with otherwise than it began, and flags that are no part of what it is.
+MAY_DIFFER = ("iterations", "device", "dtype", "picture_every", "save_every", "keep", "shard", "timeout", "micro_batch", "activation_checkpointing",
+              "vae", "vae_device", "text_device", "track")
+UNSAVED = ("out", "checkpoint", "resume", "allow_changes", "reset_optimizer", "overwrite", "benchmark")
 # Where the health figures of a run that goes well stay; see losses.health. std is relative to the teacher's samples.
 HEALTHY = {
     "std": (0.7, 1.4, "below: the student goes grey or blurred; above: it over-saturates. Try a lower --guidance or learning rate"),
@@ -56,10 +62,14 @@ HEALTHY = {
 
 def add_method_flags(parser):
     method = parser.add_argument_group("method")
-    method.add_argument("--model", metavar="PATH", help="diffusers directory, hub id, .safetensors file, gmm or gmm-imperfect (default: the embedded teacher)")
-    method.add_argument("--prompts", metavar="FILE", help="training prompts, one a line (default: the embedded set's captions)")
+    method.add_argument("--model", metavar="PATH", help="Stable Diffusion 1.5, 2 or XL as a diffusers directory, hub id or .safetensors file; gmm or "
+                                                        "gmm-imperfect (default: the embedded teacher)")
+    method.add_argument("--prompts", metavar="FILE", help="training prompts: .txt, one a line, or a pickled list of them (default: the embedded set's captions)")
+    method.add_argument("--real", metavar="PATH", help="real data, for the GAN and --student-input data: latents made by `python data.py latents`, a folder of "
+                                                       "pictures with captions, or DMD2's LMDB (default: the embedded set)")
     method.add_argument("--variant", choices=VARIANTS, help=f"preset of the switches below (default {DEFAULT_VARIANT})")
     method.add_argument("--student-steps", type=errors.positive, default=4, help="of the few-step sampler it is trained for")
+    method.add_argument("--first-timestep", type=errors.natural, metavar="T", help="of the student's sampler (default: the noisiest, 999 of 1000)")
     method.add_argument("--student-input", choices=("backward", "data"), default="backward",
                         help="what the student is trained on: its own earlier steps, or noised real data")
     method.add_argument("--guidance", type=errors.positive_number, default=sample.DEFAULT_GUIDANCE, help="of the teacher; 1 is none")
@@ -75,7 +85,10 @@ def add_method_flags(parser):
     method.add_argument("--critic-weight", type=errors.positive_number, default=1e-2, help="of the critic's loss beside the denoising loss")
     method.add_argument("--regression-weight", type=errors.weight, default=0.0)
     method.add_argument("--regression", choices=("mse", "lpips"), default="mse")
-    method.add_argument("--pairs", metavar="DIR", help="for the regression: noise-image pairs made by `python data.py`")
+    method.add_argument("--pairs", metavar="DIR", help="for the regression: noise-image pairs made by `python data.py pairs`")
+    method.add_argument("--lora", type=errors.natural, default=0, metavar="RANK", help="train a LoRA of this rank for a student; 0 is the whole network")
+    method.add_argument("--fake-lora", type=errors.natural, metavar="RANK", help="the same for the fake score (default: as --lora)")
+    method.add_argument("--lora-alpha", type=errors.positive_number, default=8.0, help="a LoRA counts alpha / rank times")
     method.add_argument("--mean-variance-weight", type=errors.weight, default=0.0)
     method.add_argument("--mean-variance-target", type=float, nargs=2, metavar=("MEAN", "VARIANCE"), help="(default: that of 64 of the teacher's samples)")
 
@@ -91,19 +104,27 @@ def parse_arguments(arguments=None):
     optimisation.add_argument("--warmup", type=errors.natural, default=50, help="iterations until the learning rates are reached")
     optimisation.add_argument("--clip", type=errors.positive_number, default=10.0, help="largest norm of a gradient")
     optimisation.add_argument("--ema", type=float, default=0.95, help="decay of the averaged student at each of its updates; 0 is none")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--micro-batch", type=errors.positive, metavar="N", help="samples that a process passes through a network at once; the rest of its share "
+                                                                                 "of the batch follows in turn, which is gradient accumulation (default: all)")
+    memory.add_argument("--activation-checkpointing", action="store_true", help="compute activations again in the backward pass rather than keep them")
+    memory.add_argument("--vae", metavar="PATH", help="another decoder, such as madebyollin/taesd; none leaves it and the pictures out")
+    memory.add_argument("--vae-device", metavar="DEVICE", help="such as cpu (default: --device)")
+    memory.add_argument("--text-device", metavar="DEVICE", help="of the text encoders (default: --device)")
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", help="run directory (default: runs/VARIANT)")
     run.add_argument("--resume", nargs="?", const="", metavar="DIR",
                      help="go on with the run in DIR, or in --out, from its newest checkpoint and with the flags that it had; "
-                          "DIR may also be a checkpoint, RUN/checkpoints/NUMBER: later ones are then renamed NUMBER.aside-1")
+                          "DIR may also be a checkpoint, RUN/checkpoints/NUMBER: later ones are then renamed NUMBER.aside-1 (2, ...)")
     run.add_argument("--allow-changes", action="store_true", help="with --resume: go on although flags or the teacher are not what they were, with a new head for a GAN "
                           "that was not there")
     run.add_argument("--reset-optimizer", action="store_true", help="with --resume: forget the moments and step counts of both optimizers")
     run.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
     run.add_argument("--seed", type=errors.natural, default=0, help="everything random follows from it")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if torch.cuda.is_available() else "float32",
-                     help="of matrix products; weights and optimizers are float32")
+    run.add_argument("--dtype", type=errors.dtype("float32", "bfloat16"), default="bfloat16" if torch.cuda.is_available() else "float32", metavar="DTYPE",
+                     help="float32 or bfloat16 (bf16): of matrix products and of what is frozen; trained weights and optimizers are float32")
+    run.add_argument("--track", choices=("wandb", "trackio"), help="send figures and pictures there too (pip install wandb, or trackio)")
     run.add_argument("--picture-every", type=errors.positive, default=100, metavar="N", help="iterations between pictures")
     run.add_argument("--save-every", type=errors.positive, default=100, metavar="N", help="iterations between saves")
     run.add_argument("--keep", type=errors.positive, default=2, metavar="N", help="newest checkpoints that are kept")
@@ -117,15 +138,27 @@ def parse_arguments(arguments=None):
     restarted = checkpoint.begun_by_this_launch(out)  # by torchrun: goes on by itself
     if restarted:
         named = None
-    saved = checkpoint.saved_flags(out, named or checkpoint.newest(out))[0] if restarted or said.resume is not None else {}
+    saved, allowed = checkpoint.saved_flags(out, named) if restarted or said.resume is not None else ({}, {})
     variant = said.variant or saved.get("variant", DEFAULT_VARIANT)
     parser.set_defaults(**saved | (VARIANTS[variant] if variant != saved.get("variant") else {}) | {"variant": variant})
     args = parser.parse_args(arguments)
     check_arguments(args, parser)
     args.out, args.checkpoint = out, named
-    if restarted:  # what was said of the optimizers was said of the first beginning; see restore
+    fields = checkpoint.differing(saved, configuration(args), MAY_DIFFER) if saved else []
+    if fields and not args.allow_changes:
+        raise errors.UserError(f"{named or out} is of another configuration: {'; '.join(fields)}. Leave these flags out to go on with it as it was; "
+                               "--allow-changes goes on with it as it is now")
+    if restarted:  # what was said of the optimizers was said of the first beginning
         args.resume, args.reset_optimizer = "", False
+    # A beginning that came to no save is begun again as it was meant.
+    args.allow_changes |= allowed.get("allow_changes", False)
+    args.reset_optimizer |= allowed.get("reset_optimizer", False)
     return args
+
+
+def configuration(args):
+    """The flags that make a run what it is, as they are kept with it."""
+    return {name: value for name, value in vars(args).items() if name not in UNSAVED}
 
 
 def check_arguments(args, parser):
@@ -135,10 +168,12 @@ def check_arguments(args, parser):
         parser.error("--out and --resume DIR both name a run directory: use one")
     if args.resume is None and (args.allow_changes or args.reset_optimizer):
         parser.error(f"{'--allow-changes' if args.allow_changes else '--reset-optimizer'} says how to go on with a run: it needs --resume")
+    if args.lora or args.fake_lora:
+        models.check_peft("--lora" if args.lora else "--fake-lora")
     if args.divergence != "reverse-kl" and args.gan_weight == 0:
         parser.error(f"--divergence {args.divergence} reads the density ratio off the GAN's head: it needs a --gan-weight above 0")
     if args.regression_weight > 0 and not args.pairs:
-        parser.error(f"--regression-weight needs noise-image pairs: make them with `python data.py --out DIR{f' --model {args.model}' if args.model else ''} "
+        parser.error(f"--regression-weight needs noise-image pairs: make them with `python data.py pairs --out DIR{f' --model {args.model}' if args.model else ''} "
                      f"--guidance {args.guidance:g}`, then name them with --pairs DIR, or leave the regression out with --regression-weight 0")
     if not any((args.dm_weight, args.ca_weight, args.gan_weight, args.regression_weight, args.mean_variance_weight)):
         parser.error("nothing moves the student: --dm-weight, --ca-weight, --gan-weight, --regression-weight and --mean-variance-weight are all 0")
@@ -157,7 +192,7 @@ class Sources:
 
 def open_sources(model, args):
     prompts = data.training_prompts(args.prompts, model)
-    real = data.real_data(model) if args.gan_weight > 0 or args.student_input == "data" else None
+    real = data.real_data(model, args.real) if args.gan_weight > 0 or args.student_input == "data" else None
     return Sources(prompts, real, data.Pairs(args.pairs, model, args.guidance) if args.regression_weight > 0 else None)
 
 
@@ -165,16 +200,25 @@ class Networks:
     """Teacher, student and fake score, the latter two the same at the start, and what moves them."""
 
     def __init__(self, model, args, mesh=None):
-        self.model, self.schedule, self.uncond = model, model.schedule, model.encode([""])
-        self.timesteps = model.schedule.timesteps(args.student_steps)
+        self.model, self.schedule, self.uncond = model, model.schedule, model.uncond
+        self.timesteps = model.schedule.timesteps(args.student_steps, args.first_timestep)
+        self.at_once = args.micro_batch or args.batch_size
         self.teacher_print = models.fingerprint(model.teacher) if fsdp.first() else None
         place = lambda module: fsdp.shard(module, mesh, model.device, model.dtype)
-        # Copies are made before what they are copies of is sharded; each is sharded before the next is made.
-        self.student = place(copy.deepcopy(model.origin).requires_grad_(True))
-        self.averaged_student = place(copy.deepcopy(model.origin))
-        head = models.gan_head(self.student, self.uncond, model.sample_shape, args.seed) if args.gan_weight > 0 else None
-        self.fake_score = place(models.FakeScore(copy.deepcopy(model.origin), head).requires_grad_(True))
-        self.teacher = place(model.teacher)
+        make = lambda rank: models.trainable_copy(model.origin, rank, args.lora_alpha, args.seed)
+        fake_rank = args.lora if args.fake_lora is None else args.fake_lora
+        # What is trained whole is copied before a LoRA lets the rest of a network lie in a shorter dtype; copies are made before what
+        # they are copies of is sharded, and each is sharded before the next is made.
+        fake_score = make(0) if fake_rank == 0 else None
+        self.student = place(make(args.lora))
+        self.averaged_student = place(make(args.lora).requires_grad_(False)) if args.ema > 0 else self.student
+        fake_score = fake_score or make(fake_rank)
+        head = models.gan_head(self.student, self.uncond, model.sample_shape, args.seed).requires_grad_(True) if args.gan_weight > 0 else None
+        self.fake_score = place(models.FakeScore(fake_score, head))
+        self.teacher = place(model.teacher.to(model.dtype))
+        if args.activation_checkpointing:
+            for denoiser in (self.student, self.fake_score.denoiser):
+                models.checkpoint_activations(denoiser)
         self.student_optimizer = adamw(self.student, args.learning_rate)
         self.fake_optimizer = adamw(self.fake_score, args.fake_learning_rate)
         lpips = args.regression == "lpips" and args.regression_weight > 0
@@ -184,19 +228,36 @@ class Networks:
         """{name: tensor} of all that changes, which is what a checkpoint holds."""
         named = self.network_tensors()
         for part, module, optimizer in (("student", self.student, self.student_optimizer), ("fake_score", self.fake_score, self.fake_optimizer)):
-            for name, parameter in module.named_parameters():
+            for name, parameter in trained(module).items():
                 named |= {f"{part}_optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
         return named
 
     def network_tensors(self):
-        modules = {"student": self.student, "averaged_student": self.averaged_student, "fake_score": self.fake_score}
-        return {f"{part}.{name}": tensor for part, module in modules.items() for name, tensor in module.state_dict().items()}
+        frozen = lambda module: module.state_dict().keys() - trained(module).keys() - dict(module.named_buffers()).keys()
+        modules = {"student": (self.student, frozen(self.student)), "averaged_student": (self.averaged_student, frozen(self.student)),
+                   "fake_score": (self.fake_score, frozen(self.fake_score))}
+        if self.averaged_student is self.student:
+            del modules["averaged_student"]
+        return {f"{part}.{name}": tensor for part, (module, without) in modules.items() for name, tensor in module.state_dict().items() if name not in without}
+
+    @torch.no_grad()
+    def move_average(self, decay):
+        """decay: how much of the averaged student stays."""
+        if self.averaged_student is not self.student:
+            average, latest = dict(self.averaged_student.named_parameters()), trained(self.student)
+            torch._foreach_lerp_([average[name] for name in latest], list(latest.values()), 1 - decay)
+
+
+def trained(module):
+    """{name: parameter}, without what a LoRA leaves as it is."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def adamw(module, learning_rate):
     """AdamW whose state is there from the start, as AdamW itself would make it at its first step: so it can be loaded into."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
-    for parameter in module.parameters():
+    parameters = list(trained(module).values())
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=True)
+    for parameter in parameters:
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device),
                                       "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
     return optimizer
@@ -235,76 +296,108 @@ def divergence_weight(fake_score, logit, t, T, divergence):
     return h / (fsdp.sum_over_processes(h.sum()) / count.sum())
 
 
-def student_step(networks, x, t_student, cond, sources, draws, args):
-    """Move the student so that its samples x (B, C, H, W), which carry its graph and were made from timestep t_student, become
-    likelier under the teacher and less likely under the fake score. Returns health figures."""
-    schedule, T = networks.schedule, len(networks.schedule)
-
-    # Diffuse x, and ask the fake score and the teacher what it was. Gradients with respect to x are taken at free_x: they reach
-    # no network's parameters.
-    t_dm, t_ca = draw_levels(args.schedule, t_student, T, draws)                                  # (B,), (B,)
+def read_fake_score(networks, x, eps, t, cond, args):
+    """x0_fake (B, C, H, W) and logit (B,) at x diffused to t and, with a GAN, the gradient (B, C, H, W) of the samples' student losses,
+    summed, with respect to x. It reaches no network's parameters, and no graph is left."""
     free_x = x.detach().requires_grad_()
-    x_dm = schedule.add_noise(free_x, draws.normal(*x.shape[1:]), t_dm)                                # (B, C, H, W)
     with torch.set_grad_enabled(args.gan_weight > 0):
-        x0_fake, logit = networks.fake_score(x_dm, t_dm, cond)                                     # (B, C, H, W), (B,)
+        x0_fake, logit = networks.fake_score(networks.schedule.add_noise(free_x, eps, t), t, cond)
+    if args.gan_weight == 0:
+        return x0_fake, None, None
+    return x0_fake.detach(), logit.detach(), torch.autograd.grad(losses.gan_student_loss(logit), free_x)[0] * len(x)
+
+
+def pull_back(networks, x, x_t, t_student, cond, gradient):
+    """x.backward(gradient), where x is what the student made of x_t. A batch that goes through it in parts came without a graph: each
+    part is made once more."""
+    if x.requires_grad:
+        return x.backward(gradient)
+    again = lambda x_t, cond, gradient: networks.student(x_t, t_student, cond).backward(gradient)
+    models.in_parts(networks.at_once, again, x_t, cond, gradient)
+
+
+def student_step(networks, x, x_t, t_student, cond, sources, draws, args):
+    """Move the student so that its samples x (B, C, H, W), which it made of x_t at timestep t_student, become likelier under the teacher
+    and less likely under the fake score. Returns health figures."""
+    schedule, T = networks.schedule, len(networks.schedule)
+    in_parts = functools.partial(models.in_parts, networks.at_once)
+
+    # Diffuse x, and ask the fake score and the teacher what it was.
+    t_dm, t_ca = draw_levels(args.schedule, t_student, T, draws)                                  # (B,), (B,)
+    eps_dm, free_x = draws.normal(*x.shape[1:]), x.detach()
+    x0_fake, logit, gan_gradient = in_parts(lambda *batch: read_fake_score(networks, *batch, args), free_x, eps_dm, t_dm, cond)
     with torch.no_grad():
+        ask = lambda scale: lambda x_t, t, cond: models.cond_and_uncond_x0(networks.teacher, x_t, t, cond, networks.uncond, scale)
         needed = args.guidance if args.schedule == "coupled" or args.normaliser == "guided" else 1  # else DM needs no x0_uncond
-        x0_cond, x0_uncond = models.cond_and_uncond_x0(networks.teacher, x_dm, t_dm, cond, networks.uncond, needed)
+        x0_cond, x0_uncond = in_parts(ask(needed), schedule.add_noise(free_x, eps_dm, t_dm), t_dm, cond)          # (B, C, H, W) each
         x0_cond_ca, x0_uncond_ca = x0_cond, x0_uncond
         if args.schedule != "coupled":
-            x_ca = schedule.add_noise(x, draws.normal(*x.shape[1:]), t_ca)
-            x0_cond_ca, x0_uncond_ca = models.cond_and_uncond_x0(networks.teacher, x_ca, t_ca, cond, networks.uncond, args.guidance)
+            x_ca = schedule.add_noise(free_x, draws.normal(*x.shape[1:]), t_ca)
+            x0_cond_ca, x0_uncond_ca = in_parts(ask(args.guidance), x_ca, t_ca, cond)
 
     # The direction: distribution matching and CFG augmentation. Coupled, they add up to DMD2's x0_fake - x0_guided.
-    dm = args.dm_weight * losses.dm_direction(x0_cond, x0_fake.detach())
+    dm = args.dm_weight * losses.dm_direction(x0_cond, x0_fake)
     ca = args.ca_weight * losses.ca_direction(x0_cond_ca, x0_uncond_ca, args.guidance)
     if args.normaliser != "none":
         scale = args.guidance if args.normaliser == "guided" else 1
-        dm = dm / losses.normaliser(free_x.detach(), models.guide(x0_cond, x0_uncond, scale), args.normaliser_floor)
-        ca = ca / losses.normaliser(free_x.detach(), models.guide(x0_cond_ca, x0_uncond_ca, scale), args.normaliser_floor)
+        dm = dm / losses.normaliser(free_x, models.guide(x0_cond, x0_uncond, scale), args.normaliser_floor)
+        ca = ca / losses.normaliser(free_x, models.guide(x0_cond_ca, x0_uncond_ca, scale), args.normaliser_floor)
     if args.divergence != "reverse-kl":  # f-distill: weigh what was read at the very x_t and t whose ratio it is
-        h = divergence_weight(networks.fake_score, logit.detach(), t_dm, T, args.divergence).view(-1, 1, 1, 1)
+        h = divergence_weight(networks.fake_score, logit, t_dm, T, args.divergence).view(-1, 1, 1, 1)
         dm = h * dm
         ca = h * ca if args.schedule == "coupled" else ca
 
     # The student's update, as a gradient with respect to x: that of losses.surrogate_loss(x, dm + ca), and of what is added.
     gradient = (dm + ca) / x.numel()
     if args.gan_weight > 0:
-        gradient += args.gan_weight * torch.autograd.grad(losses.gan_student_loss(logit), free_x)[0]
+        gradient += args.gan_weight * gan_gradient / len(x)
     if args.mean_variance_weight > 0:
-        loss = losses.mean_variance_loss(free_x, *args.mean_variance_target)
-        gradient += args.mean_variance_weight * torch.autograd.grad(loss, free_x)[0]
-    x.backward(gradient)
+        leaf = free_x.clone().requires_grad_()
+        loss = losses.mean_variance_loss(leaf, *args.mean_variance_target)
+        gradient += args.mean_variance_weight * torch.autograd.grad(loss, leaf)[0]
+    pull_back(networks, x, x_t, t_student, cond, gradient)
     if args.regression_weight > 0:  # on samples of its own: pairs have their own noise and prompts
         noise, x0_pair, prompts = sources.pairs.draw(draws)
-        x_pair = models.rollout(networks.student, noise[None], networks.model.encode(prompts), networks.timesteps[:1])
-        (args.regression_weight * networks.regression_loss(x_pair, x0_pair)).backward()
+
+        def regress(noise, x0_pair, cond):
+            x_pair = networks.student(schedule.noise_scale * noise, networks.timesteps[0], cond)
+            (args.regression_weight * len(noise) / len(x) * networks.regression_loss(x_pair, x0_pair)).backward()
+
+        in_parts(regress, noise, x0_pair, networks.model.encode(prompts))
 
     norm = fsdp.clip_gradients(networks.student, args.clip, "student")
     networks.student_optimizer.step()
     networks.student_optimizer.zero_grad()
-    with torch.no_grad():
-        torch._foreach_lerp_(list(networks.averaged_student.parameters()), list(networks.student.parameters()), 1 - args.ema)
+    networks.move_average(args.ema)
     return {"student_grad_norm": norm, "dm": dm.abs().mean(), "ca": ca.abs().mean(),
-            **losses.health(x, models.guide(x0_cond, x0_uncond, args.guidance), x0_fake)}
+            **losses.health(free_x, models.guide(x0_cond, x0_uncond, args.guidance), x0_fake)}
 
 
 def fake_score_step(networks, x, cond, sources, draws, args):
     """Keep the fake score a denoiser of the student's present samples x (B, C, H, W), without their graph, and its head, where it
     has one, a judge between them and real data."""
-    t = draws.integers(0, len(networks.schedule))                                     # (B,)
-    x_t = networks.schedule.add_noise(x, draws.normal(*x.shape[1:]), t)                              # (B, C, H, W)
-    x0_fake, logit_fake = networks.fake_score(x_t, t, cond)                                      # (B, C, H, W), (B,)
-    weight = losses.denoising_weight(networks.model.prediction, *networks.schedule.at(t, x))
-    loss = losses.denoising_loss(x0_fake, x, weight)
-    figures = {"fake_loss": loss.detach()}
+    schedule = networks.schedule
+    t, eps = draws.integers(0, len(schedule)), draws.normal(*x.shape[1:])                        # (B,), (B, C, H, W)
+    x_real = eps_real = cond_real = None
     if args.gan_weight > 0:
-        x_real, prompts = sources.real.draw(draws)
-        x_t_real = networks.schedule.add_noise(x_real, draws.normal(*x.shape[1:]), t)
-        _, logit_real = networks.fake_score(x_t_real, t, networks.model.encode(prompts))         # (B,)
-        loss = loss + args.critic_weight * losses.gan_critic_loss(logit_real, logit_fake)
-        figures["logit_accuracy"] = ((logit_real > 0).float().mean() + (logit_fake < 0).float().mean()) / 2
-    loss.backward()
+        x_real, prompts = sources.real.draw(draws)                                               # (B, C, H, W)
+        eps_real, cond_real = draws.normal(*x.shape[1:]), networks.model.encode(prompts)
+
+    def learn(x, eps, t, cond, x_real, eps_real, cond_real):
+        """The gradient of a part of the batch, and its part of the figures."""
+        x0_fake, logit_fake = networks.fake_score(schedule.add_noise(x, eps, t), t, cond)            # (B, C, H, W), (B,)
+        weight = losses.denoising_weight(networks.model.prediction, *schedule.at(t, x))
+        loss = denoising_loss = losses.denoising_loss(x0_fake, x, weight)
+        told = None
+        if args.gan_weight > 0:
+            _, logit_real = networks.fake_score(schedule.add_noise(x_real, eps_real, t), t, cond_real)
+            loss = loss + args.critic_weight * losses.gan_critic_loss(logit_real, logit_fake)
+            told = ((logit_real > 0).float() + (logit_fake < 0).float()) / 2                         # (B,)
+        (loss * len(x) / len(draws)).backward()
+        return denoising_loss.detach()[None] * len(x) / len(draws), told
+
+    fake_loss, told = models.in_parts(networks.at_once, learn, x, eps, t, cond, x_real, eps_real, cond_real)
+    figures = {"fake_loss": fake_loss.sum()} | ({} if told is None else {"logit_accuracy": told.mean()})
     figures["fake_grad_norm"] = fsdp.clip_gradients(networks.fake_score, args.clip, "fake score")
     networks.fake_optimizer.step()
     networks.fake_optimizer.zero_grad()
@@ -319,22 +412,24 @@ def iterate(networks, sources, iteration, args):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (iteration + 1) / (args.warmup + 1))
 
-    # The student's samples at a step of its sampler that this iteration's draw chooses.
+    # What the student is given at a step of its sampler that this iteration's draw chooses.
+    in_parts = functools.partial(models.in_parts, networks.at_once)
     step = draws.below(len(networks.timesteps))
     t_student = networks.timesteps[step]
-    if args.student_input == "backward":  # backward simulation: from its own earlier steps
+    if args.student_input == "backward":  # backward simulation: its own earlier steps
         cond = networks.model.encode(sources.prompts.draw(draws))
-        noise = draws.normal(step + 1, *networks.model.sample_shape).transpose(0, 1)               # (steps, B, C, H, W)
-        with torch.set_grad_enabled(student_turn):
-            x = models.rollout(networks.student, noise, cond, networks.timesteps[:step + 1])     # (B, C, H, W)
+        noise = draws.normal(step + 1, *networks.model.sample_shape)                               # (B, steps, C, H, W)
+        to_last = lambda noise, cond: models.last_input(networks.student, noise.transpose(0, 1), cond, networks.timesteps[:step + 1])
+        x_t = in_parts(to_last, noise, cond)                                                       # (B, C, H, W)
     else:
         x_real, prompts = sources.real.draw(draws)
         cond = networks.model.encode(prompts)
-        t = torch.full((len(x_real),), t_student, device=x_real.device)
-        with torch.set_grad_enabled(student_turn):
-            x = networks.student(networks.schedule.add_noise(x_real, draws.normal(*x_real.shape[1:]), t), t, cond)
+        x_t = networks.schedule.add_noise(x_real, draws.normal(*x_real.shape[1:]), torch.full((len(x_real),), t_student, device=x_real.device))
 
-    figures = student_step(networks, x, t_student, cond, sources, draws, args) if student_turn else {}
+    # Its samples; the graph of a whole batch is kept if it goes through at once.
+    with torch.set_grad_enabled(student_turn and len(draws) <= networks.at_once):
+        x = in_parts(networks.student, x_t, t_student, cond)                                       # (B, C, H, W)
+    figures = student_step(networks, x, x_t, t_student, cond, sources, draws, args) if student_turn else {}
     return figures | fake_score_step(networks, x.detach(), cond, sources, draws, args)
 
 
@@ -411,31 +506,67 @@ class Gallery:
         self.noise = sample.column_noise(networks.model, len(self.prompts), args.student_steps + 1, args.seed)
         row = sample.teacher_row(networks.model, min(50, len(networks.schedule)), args.guidance)
         self.x_teacher = row.draw(self.noise, self.cond)
-        self.teacher = (row.label, networks.model.decode(self.x_teacher))
+        self.teacher = (row.label, networks.model.decode(self.x_teacher)) if networks.model.vae else None
 
     def draw(self, iteration):
-        networks, steps = self.networks, self.args.student_steps
-        row = sample.student_row(networks.model, networks.averaged_student, steps)
+        """The picture's path; None without a decoder."""
+        networks = self.networks
+        if not networks.model.vae:
+            return None
+        row = sample.student_row(networks.averaged_student, networks.timesteps)
         x = row.draw(self.noise, self.cond)
         t = len(networks.schedule) // 2
         with torch.no_grad():
             x_t = networks.schedule.add_noise(x, self.noise[-1], torch.full((len(x),), t, device=x.device))
             x0_real = models.guided_x0(networks.teacher, x_t, t, self.cond, networks.uncond, self.args.guidance)
             x0_fake, _ = networks.fake_score(x_t, t, self.cond)
-        decode = networks.model.decode
+        decode, path = networks.model.decode, self.out / f"{iteration:06d}.png"
         if fsdp.first():
             sample.draw_grid([self.teacher, (row.label, decode(x)), (f"teacher's x0 of it\ndiffused to t = {t}", decode(x0_real)),
                               ("fake score's x0\nof the same", decode(x0_fake))],
-                             self.prompts, self.out / f"{iteration:06d}.png")
+                             self.prompts, path)
+        return path
 
 
-def student_writer(out, networks):
+class Tracker:
+    """wandb or trackio, which are called alike; nothing without a name."""
+
+    def __init__(self, name, out, config):
+        self.package = None
+        if name and fsdp.first():
+            self.package = import_tracker(name)
+            self.package.init(project="dmd", name=out.name, config=config)
+
+    def log(self, iteration, figures, picture=None):
+        if self.package:
+            figures = {key: value for key, value in figures.items() if key != "iteration"} | ({"picture": self.package.Image(str(picture))} if picture else {})
+            self.package.log(figures, step=iteration)
+
+    def finish(self):
+        if self.package:
+            self.package.finish()
+
+
+def import_tracker(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise errors.UserError(f"--track {name} needs a package that is not installed: pip install {name}") from None
+
+
+def student_writer(out, networks, config):
     """A function that writes the averaged student, as it is now, to out/student, in the first process."""
-    network, state = networks.averaged_student.network, fsdp.whole_state(networks.averaged_student.network)
+    network, own = networks.averaged_student.network, trained(networks.student.network) if config["lora"] else None
+    state = fsdp.whole_state(network, own)
 
     def write(folder):
-        network.save_config(folder)
-        save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        folder.mkdir(parents=True)
+        if config["lora"]:
+            models.save_lora(network, state, folder, networks.model)
+        else:
+            network.save_config(folder)
+            save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        (folder / "README.md").write_text(export.model_card(networks.model, networks.timesteps, config))
 
     return lambda: checkpoint.replace_folder(out / "student", write)
 
@@ -449,32 +580,24 @@ def manifest_of(networks, config, iteration, log):
 def restore(networks, config, args):
     """Put a checkpoint back. Returns it with its manifest, (None, None) if there is none yet."""
     folder, manifest = checkpoint.choose(args.out, args.checkpoint)
-    flags, began = fsdp.from_first(lambda: checkpoint.saved_flags(args.out, folder))
-    fields = [] if args.allow_changes else checkpoint.differing(flags, config, MAY_DIFFER)
-    # A beginning that came to no save is begun again as it was meant.
-    args.allow_changes |= began.get("allow_changes", False)
-    args.reset_optimizer |= began.get("reset_optimizer", False)
-    if folder and not args.allow_changes:
-        present = fsdp.from_first(lambda: manifest_of(networks, config, 0, {}))  # the teacher's print is the first process's
-        fields += checkpoint.differing(manifest["network"], present["network"])
-        fields += ["the teacher's weights are others"] * (manifest["teacher"] != present["teacher"])
-    if fields:
-        raise errors.UserError(f"{folder or args.out} is of another configuration: {'; '.join(fields)}. --resume {folder or args.out} "
-                               "without further flags takes them from there; --allow-changes goes on with them as they are now")
     if not folder:
         fsdp.say(f"{args.out} has no checkpoint yet: from the beginning")
         return None, None
+    if not args.allow_changes:
+        present = fsdp.from_first(lambda: manifest_of(networks, config, 0, {}))  # the teacher's print is the first process's
+        fields = checkpoint.differing(manifest["network"], present["network"])
+        fields += ["the teacher's weights are others"] * (manifest["teacher"] != present["teacher"])
+        if fields:
+            raise errors.UserError(f"{folder} is of another model: {'; '.join(fields)}. If you mean it: --allow-changes")
     tensors = networks.network_tensors() if args.reset_optimizer else networks.tensors()
     new = checkpoint.load(folder, tensors, ("fake_score.head.", "fake_score_optimizer.head.") if args.allow_changes else ())
     fsdp.say(f"going on from {folder}" + (", with a new GAN head" if new else "") + (", with new optimizers" if args.reset_optimizer else ""))
+    write_student = student_writer(args.out, networks, config)  # a kill may have come between a checkpoint and its student
+    fsdp.from_first(write_student)
     return folder, manifest
 
 
 # ---------------------------------------------------------------------------------------------------- the loop
-
-# Flags that a run may go on with otherwise than it began.
-MAY_DIFFER = ("iterations", "device", "dtype", "picture_every", "save_every", "keep", "shard", "timeout")
-
 
 def train(networks, sources, config, args):
     # Where to write, and where to start.
@@ -496,12 +619,14 @@ def train(networks, sources, config, args):
             gallery.draw(0)
         elif start >= args.iterations:
             fsdp.say(f"this run has had its {start} iterations already; --iterations asks for more")
-        loop(networks, sources, config, args, gallery, log, start, stop)
+        tracker = Tracker(args.track, out, config)
+        loop(networks, sources, config, args, gallery, log, tracker, start, stop)
+        tracker.finish()
     fsdp.say(f"pictures: {out}/pictures, curves: {out}/curves.png, student: {out}/student\n"
              f"sample it: python sample.py --student {out}")
 
 
-def loop(networks, sources, config, args, gallery, log, start, stop):
+def loop(networks, sources, config, args, gallery, log, tracker, start, stop):
     out, writer = args.out, checkpoint.Writer(args.out, args.keep)
     progress = tqdm(range(start, args.iterations), initial=start, total=args.iterations, desc=args.variant, unit="it", disable=not fsdp.first())
 
@@ -513,7 +638,7 @@ def loop(networks, sources, config, args, gallery, log, start, stop):
         except fsdp.NotFinite as error:
             progress.close()
             writer.wait()
-            write_student = student_writer(out, networks)
+            write_student = student_writer(out, networks, config)
             fsdp.from_first(write_student)
             raise errors.UserError(f"stopped at iteration {iteration + 1}: {error}. The last good student is in {out / 'student'}; to go on from the "
                                    f"last checkpoint, more slowly: --resume {out} --allow-changes --learning-rate LOWER (or --clip)", status=1) from None
@@ -522,18 +647,19 @@ def loop(networks, sources, config, args, gallery, log, start, stop):
         done = iteration + 1
         if row:
             log.check_health()
+            tracker.log(done, row)
             progress.set_postfix({name: f"{row[name]:.3f}" for name in ("fake_loss", "std", "gap") if name in row})
         if done % args.picture_every == 0 or done == args.iterations:
-            gallery.draw(done)
+            tracker.log(done, {}, gallery.draw(done))
             log.draw_curves()
         asked = fsdp.largest_over_processes(stop.asked)
         if done % args.save_every == 0 or done == args.iterations or asked:
-            writer.save(networks.tensors(), manifest_of(networks, config, done, log.save()), student_writer(out, networks))
+            writer.save(networks.tensors(), manifest_of(networks, config, done, log.save()), student_writer(out, networks, config))
         writer.check()
         if asked and done < args.iterations:
             progress.close()
             writer.wait()
-            fsdp.say(f"interrupted after {done} of {args.iterations} iterations; go on with: python train.py --resume {out}")
+            fsdp.say(f"interrupted after {done} of {args.iterations} iterations; go on with --resume {out}")
             sys.exit(128 + asked)
     writer.wait()
 
@@ -563,10 +689,13 @@ class StopAtSignal:
 def prepare(args, mesh=None):
     """The networks and what they are trained on."""
     model = models.load_model(args.model or data.EMOJI_TEACHER, fsdp.own_device(args.device), getattr(torch, args.dtype),
-                              teacher_device="cpu" if mesh else None)
-    if args.student_steps > len(model.schedule):
-        raise errors.UserError(f"--student-steps {args.student_steps} is more than the model's {len(model.schedule)} noise levels")
+                              vae=args.vae, teacher_device="cpu" if mesh else None, text_device=args.text_device, vae_device=args.vae_device)
+    levels = len(model.schedule) if args.first_timestep is None else args.first_timestep + 1
+    if not args.student_steps <= levels <= len(model.schedule):
+        raise errors.UserError(f"--student-steps {args.student_steps} and --first-timestep {levels - 1} do not fit the model's {len(model.schedule)} noise levels")
     fsdp.share(args.batch_size)
+    if args.track:
+        import_tracker(args.track)
     sources = open_sources(model, args)
     networks = Networks(model, args, mesh)
     if args.mean_variance_weight > 0 and not args.mean_variance_target:
@@ -582,8 +711,7 @@ def main():
     mesh = fsdp.start(args.shard, fsdp.own_device(args.device), args.timeout)
     args = fsdp.from_first(lambda: args)  # what a run had is read from a disk, and another node's view of it may be older
     networks, sources = prepare(args, mesh)
-    unsaved = ("out", "checkpoint", "resume", "allow_changes", "reset_optimizer", "overwrite", "benchmark")
-    train(networks, sources, {name: value for name, value in vars(args).items() if name not in unsaved}, args)
+    train(networks, sources, configuration(args), args)
 
 
 if __name__ == "__main__":
