@@ -1,5 +1,6 @@
 """Several processes: the same run however many they are, resumed on other numbers of them, killed, and failing. Run with: pytest"""
 
+import importlib.util
 import json
 import os
 import re
@@ -25,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 PLANE = ["--batch-size", 8, "--iterations", 10, "--save-every", 5]  # beside faults.RUN
 EMOJI = ["--model", data.EMOJI_TEACHER, "--variant", "dmd2", "--batch-size", 4, "--iterations", 10, "--fake-updates", 2, "--save-every", 5]
 SHARED = {"one": dict(processes=1), "two": dict(processes=2), "four": dict(processes=4), "none": dict(processes=2), "hybrid": dict(processes=4, nodes=2)}
+LORA = ["--lora", 4, "--gan-weight", 0, "--learning-rate", 1e-3] if importlib.util.find_spec("peft") else []
 VARIANTS = {"dmd": ["--variant", "dmd", "--pairs", "PAIRS"], "dmd2": ["--variant", "dmd2"], "fdistill": [],
             "decoupled": ["--variant", "decoupled", "--mean-variance-weight", "0.1"]}
 
@@ -99,6 +101,14 @@ def make_runs(work):
     emoji = [*EMOJI, "--prompts", work / "prompts.txt"]
     run("emoji-plain", *emoji)
     run("emoji-two", *emoji, processes=2)
+    run("emoji-memory", *emoji, "--micro-batch", 1, "--activation-checkpointing", processes=2)
+    run("parts", *PLANE, "--micro-batch", 3, processes=2)  # a share of four, in three and one
+    if LORA:
+        for name, processes in (("emoji-lora-one", 0), ("emoji-lora-two", 2)):
+            run(name, *emoji, *LORA, processes=processes)
+        kill_when_saved(work / "emoji-lora-killed", 5, [*emoji, *LORA], processes=2)
+        status, printed = faults.train_tiny(work / "emoji-lora-killed", "--resume", work / "emoji-lora-killed", processes=2)
+        assert status == 0, printed
     run("emoji-bfloat16", *emoji, "--iterations", 1, "--dtype", "bfloat16", "--guidance", 1, "--student-steps", 1, processes=2,
         before=lambda: note_dtypes(work / "emoji-bfloat16"))
 
@@ -167,6 +177,22 @@ def test_the_averaged_student_that_is_sampled_is_the_one_that_has_moved(runs, na
 def test_the_embedded_teacher_on_two_processes(runs):
     assert row_of(runs / "emoji-two") == pytest.approx(row_of(runs / "emoji-plain"), rel=1e-3)
     assert apart(runs / "emoji-two", runs / "emoji-plain", runs / "emoji-plain" / "checkpoints" / "000005") < 1e-2
+
+
+def test_accumulated_gradients_and_activation_checkpointing_on_two_processes(runs):
+    assert row_of(runs / "parts") == pytest.approx(row_of(runs / "plain"), rel=1e-4)
+    assert apart(runs / "parts", runs / "plain", runs / "plain" / "checkpoints" / "000005") < 1e-3
+    assert row_of(runs / "emoji-memory") == pytest.approx(row_of(runs / "emoji-plain"), rel=1e-3)
+    assert apart(runs / "emoji-memory", runs / "emoji-plain", runs / "emoji-plain" / "checkpoints" / "000005") < 1e-2
+
+
+@pytest.mark.skipif(not LORA, reason="needs peft")
+def test_a_lora_on_two_processes(runs):
+    one, two, killed = (runs / f"emoji-lora-{name}" for name in ("one", "two", "killed"))
+    assert row_of(two) == pytest.approx(row_of(one), rel=1e-3) and apart(two, one, one / "checkpoints" / "000005") < 1e-2
+    a, b = faults.state_of(killed), faults.state_of(two)
+    assert row_of(killed) == row_of(two) and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert all("lora_" in name or name.endswith("ratio_means") for name in a)
 
 
 @pytest.mark.parametrize("name, alike", [("none", [(0, 1)]), ("hybrid", [(0, 2), (1, 3)])])

@@ -93,9 +93,7 @@ def add_method_flags(parser):
     method.add_argument("--mean-variance-target", type=float, nargs=2, metavar=("MEAN", "VARIANCE"), help="(default: that of 64 of the teacher's samples)")
 
 
-def parse_arguments(arguments=None):
-    parser = errors.Parser(__doc__)
-    add_method_flags(parser)
+def add_run_flags(parser):
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--iterations", type=errors.positive, default=600, help="fake-score updates in all")
     optimisation.add_argument("--batch-size", type=errors.positive, default=32, help="over all processes")
@@ -132,7 +130,13 @@ def parse_arguments(arguments=None):
                      help="under torchrun: what each process holds of the networks, 1/N, 1/N of its node's copy, or all")
     run.add_argument("--timeout", type=errors.positive, default=600, metavar="SECONDS", help="under torchrun: longest wait for another process")
     run.add_argument("--benchmark", type=errors.positive, metavar="N", help="time N iterations and write nothing")
-    # From the weakest: what stands above, the variant's preset, what a run that is gone on with had, what is said now.
+
+
+def parse_arguments(arguments=None):
+    """From the weakest: what stands above, the variant's preset, what a run that is gone on with had, what is said now."""
+    parser = errors.Parser(__doc__)
+    add_method_flags(parser)
+    add_run_flags(parser)
     said = parser.parse_args(arguments)
     out, named = checkpoint.locate(said.resume or said.out or f"runs/{said.variant or DEFAULT_VARIANT}")
     restarted = checkpoint.begun_by_this_launch(out)  # by torchrun: goes on by itself
@@ -263,11 +267,11 @@ def adamw(module, learning_rate):
     return optimizer
 
 
-def teacher_statistics(model, prompts, seed, count=64):
+def teacher_statistics(model, prompts, seed, at_once, count=64):
     """[mean, variance] over all elements of the teacher's samples without guidance."""
     noise = sample.column_noise(model, count, 1, seed)
     texts = prompts.draw(data.Draws(seed, 0, count))
-    x = sample.teacher_row(model, min(50, len(model.schedule)), 1.0).draw(noise, model.encode(texts))
+    x = sample.draw_in_batches(sample.teacher_row(model, min(50, len(model.schedule)), 1.0), noise, model.encode(texts), at_once)
     return [x.mean().item(), x.var().item()]
 
 
@@ -505,8 +509,9 @@ class Gallery:
         self.cond = networks.model.encode(self.prompts)
         self.noise = sample.column_noise(networks.model, len(self.prompts), args.student_steps + 1, args.seed)
         row = sample.teacher_row(networks.model, min(50, len(networks.schedule)), args.guidance)
-        self.x_teacher = row.draw(self.noise, self.cond)
-        self.teacher = (row.label, networks.model.decode(self.x_teacher)) if networks.model.vae else None
+        self.x_teacher = sample.draw_in_batches(row, self.noise, self.cond, networks.at_once)
+        self.decode = lambda x: networks.model.decode(x, networks.at_once)
+        self.teacher = (row.label, self.decode(self.x_teacher)) if networks.model.vae else None
 
     def draw(self, iteration):
         """The picture's path; None without a decoder."""
@@ -514,13 +519,14 @@ class Gallery:
         if not networks.model.vae:
             return None
         row = sample.student_row(networks.averaged_student, networks.timesteps)
-        x = row.draw(self.noise, self.cond)
+        x = sample.draw_in_batches(row, self.noise, self.cond, networks.at_once)
         t = len(networks.schedule) // 2
+        guided = lambda x_t, cond: models.guided_x0(networks.teacher, x_t, t, cond, networks.uncond, self.args.guidance)
         with torch.no_grad():
             x_t = networks.schedule.add_noise(x, self.noise[-1], torch.full((len(x),), t, device=x.device))
-            x0_real = models.guided_x0(networks.teacher, x_t, t, self.cond, networks.uncond, self.args.guidance)
-            x0_fake, _ = networks.fake_score(x_t, t, self.cond)
-        decode, path = networks.model.decode, self.out / f"{iteration:06d}.png"
+            x0_real = models.in_parts(networks.at_once, guided, x_t, self.cond)
+            x0_fake, _ = models.in_parts(networks.at_once, networks.fake_score, x_t, t, self.cond)
+        decode, path = self.decode, self.out / f"{iteration:06d}.png"
         if fsdp.first():
             sample.draw_grid([self.teacher, (row.label, decode(x)), (f"teacher's x0 of it\ndiffused to t = {t}", decode(x0_real)),
                               ("fake score's x0\nof the same", decode(x0_fake))],
@@ -602,8 +608,8 @@ def restore(networks, config, args):
 def train(networks, sources, config, args):
     # Where to write, and where to start.
     out, resume = args.out, args.resume is not None
-    size = sum(p.numel() * p.element_size() for p in networks.student.parameters())
-    fsdp.from_first(lambda: checkpoint.prepare_run_directory(out, resume, args.overwrite, bytes_needed=7 * (args.keep + 1) * size))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in networks.tensors().values())
+    fsdp.from_first(lambda: checkpoint.prepare_run_directory(out, resume, args.overwrite, bytes_needed=(args.keep + 1) * size))
     folder, manifest = restore(networks, config, args) if resume else (None, None)
     start, saved_log = (manifest["iteration"], manifest.get("log", {})) if manifest else (0, {})
 
@@ -699,7 +705,7 @@ def prepare(args, mesh=None):
     sources = open_sources(model, args)
     networks = Networks(model, args, mesh)
     if args.mean_variance_weight > 0 and not args.mean_variance_target:
-        args.mean_variance_target = teacher_statistics(model, sources.prompts, args.seed)
+        args.mean_variance_target = teacher_statistics(model, sources.prompts, args.seed, networks.at_once)
     return networks, sources
 
 
