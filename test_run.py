@@ -574,3 +574,12 @@ def test_a_line_of_metrics_that_was_cut_short_is_dropped(plane_run, tmp_path):
         file.write('{"iteration": 4, "sec')
     assert run("train.py", "--resume", tmp_path / "run", "--iterations", 10) == 0
     assert [json.loads(line)["iteration"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [10]
+
+
+def test_figures_and_pictures_are_sent_to_wandb(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    assert run("train.py", "--out", tmp_path / "run", "--iterations", 10, "--gan-weight", 0, "--track", "wandb", *PLANE) == 0
+    offline, = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(offline.glob("*.wandb")) and list((offline / "files" / "media" / "images").glob("picture_*.png"))
