@@ -178,6 +178,7 @@ def real_data(model, path=None):
             raise UserError(f"--real {path}: {model.name} has real data of its own")
         return model.real_data()
     if path is None and model.name == str(EMOJI_TEACHER):
+        need_encoder(model)
         return EmojiData(model)
     if path is None:
         raise UserError(f"--gan-weight and --student-input data need real data, of which there is none for {model.name}: name some with --real, or use "
@@ -187,7 +188,15 @@ def real_data(model, path=None):
         raise UserError(f"--real {path}: there is no such directory")
     if (path / "data.mdb").is_file():
         return LmdbLatents(path, model)
-    return Latents(path, model) if (path / "config.json").is_file() else PictureFolder(path, model)
+    if (path / "config.json").is_file():
+        return Latents(path, model)
+    need_encoder(model)
+    return PictureFolder(path, model)
+
+
+def need_encoder(model):
+    if not model.vae:
+        raise UserError("--vae none leaves out the encoder, which real data in pictures need: make latents beforehand with `python data.py latents`")
 
 
 class EmojiData:
@@ -223,26 +232,26 @@ class LmdbLatents:
             present = (folder / "data.mdb").stat().st_size
             if present < used:  # reading beyond the end would kill the process
                 raise UserError(f"--real {folder}: data.mdb is cut off: it has {present} bytes of {used}")
-            self.reader = environment.begin()
-            count, *shape = map(int, self.get("latents_shape").decode().split())
+            self.folder, self.reader = folder, environment.begin(buffers=True)
+            count, *shape = map(int, bytes(self.get("latents_shape")).decode().split())
         except (lmdb.Error, OSError, ValueError) as error:
             raise UserError(f"--real {folder} cannot be read: {error}") from None
         if tuple(shape) != model.sample_shape or count < 1:
             raise UserError(f"--real {folder} holds {count} latents of shape {tuple(shape)}; {model.name} has {model.sample_shape}")
-        self.folder, self.model, self.count = folder, model, count
-        self.read(0), self.read(count - 1)
+        self.model, self.count, size = model, count, 2 * math.prod(shape)
+        for i in range(fsdp.rank(), count, fsdp.world()):  # looks the entries up, but does not read them
+            if len(self.get(f"latents_{i}_data")) != size or not self.get(f"prompts_{i}_data"):
+                raise UserError(f"--real {folder}: entry {i} of {count} has {len(self.get(f'latents_{i}_data'))} bytes of latents, not {size}, or no prompt")
 
     def get(self, name):
         value = self.reader.get(name.encode())
         if value is None:
-            raise UserError(f"the LMDB has no {name}")
+            raise UserError(f"--real {self.folder}: the LMDB has no {name}")
         return value
 
     def read(self, i):
-        raw, size = self.get(f"latents_{i}_data"), math.prod(self.model.sample_shape)
-        if len(raw) != 2 * size:
-            raise UserError(f"--real {self.folder}: latents_{i}_data has {len(raw)} bytes, not {2 * size}")
-        return torch.from_numpy(np.frombuffer(raw, np.float16).reshape(self.model.sample_shape).astype(np.float32)), self.get(f"prompts_{i}_data").decode()
+        raw = np.frombuffer(self.get(f"latents_{i}_data"), np.float16)
+        return torch.from_numpy(raw.reshape(self.model.sample_shape).astype(np.float32)), bytes(self.get(f"prompts_{i}_data")).decode()
 
     def draw(self, draws):
         x, prompts = zip(*(self.read(i) for i in (draws.uniform() * self.count).long().tolist()))
@@ -271,6 +280,8 @@ def list_pictures(folder):
         found = [(file, file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip() if file.with_suffix(".txt").is_file() else None) for file in files]
     if not found:
         raise UserError(f"there are no pictures in {folder}")
+    if all(caption is None for _, caption in found):
+        raise UserError(f"none of the {len(found)} pictures in {folder} has a caption: they stand in metadata.jsonl (file_name, text) or in a .txt beside each picture")
     return sorted(found, key=lambda entry: str(entry[0]))
 
 
@@ -336,13 +347,16 @@ class Shards:
     """Tensors with prompts, from a folder that `python data.py` wrote. Their checksums are verified at once, each process taking a part;
     samples are read when they are drawn."""
 
-    def __init__(self, folder, names, model, command):
+    def __init__(self, folder, names, model, made_by, command):
+        """made_by: fingerprint of what they have to be made by; None if that is not known."""
         self.model, self.names, what = model, names, "noise-image pairs" if "noise" in names else "latents"
         try:
             self.config = json.loads((Path(folder) / "config.json").read_text())
             count = int(self.config["count"])
         except (OSError, ValueError, TypeError, KeyError):
             raise UserError(f"there are no {what} in {folder}: make them with {command}") from None
+        if made_by and self.config.get("made_by") != made_by:
+            raise UserError(f"the {what} in {folder} were made by the weights of {self.config.get('model') or 'another model'}, which are not those of {model.name}: make others with {command}")
         files = [Path(folder) / f"{i:05d}.safetensors" for i in range(math.ceil(count / SHARD))]
         missing = sum(not file.is_file() for file in files)
         if missing:
@@ -378,7 +392,8 @@ class Pairs(Shards):
 
     def __init__(self, folder, model, guidance):
         command = f"python data.py pairs --out {folder} --model {model.name} --guidance {guidance:g}"
-        super().__init__(folder, ("noise", "x0"), model, command)
+        import models
+        super().__init__(folder, ("noise", "x0"), model, models.fingerprint(model.origin), command)
         made_with = self.config.get("guidance", 0)
         if made_with != guidance:
             raise UserError(f"the pairs in {folder} were made with guidance {made_with:g}, the run has {guidance:g}: make others with {command}")
@@ -386,7 +401,7 @@ class Pairs(Shards):
 
 class Latents(Shards):
     def __init__(self, folder, model):
-        super().__init__(folder, ("x0",), model, f"python data.py latents --images FOLDER --out {folder} --model {model.name}")
+        super().__init__(folder, ("x0",), model, model.encoder_print, f"python data.py latents --images FOLDER --out {folder} --model {model.name}")
 
 
 def shard_digest(tensors, prompts):
@@ -397,10 +412,10 @@ def shard_digest(tensors, prompts):
     return sha.hexdigest()
 
 
-def write_shard(file, tensors, prompts):
+def write_shard(file, tensors, prompts, left_out):
     import checkpoint
     prompts = json.dumps(prompts)
-    metadata = {"prompts": prompts, "sha256": shard_digest(tensors, prompts)}
+    metadata = {"prompts": prompts, "sha256": shard_digest(tensors, prompts), "left_out": json.dumps(left_out)}
     checkpoint.replace_file(file, lambda path: save_file(tensors, path, metadata=metadata))
 
 
@@ -418,8 +433,8 @@ def read_shard(file, names):
 
 
 def make_shards(out, config, names, make):
-    """Write what make(shard, size, bar) -> tensors, prompts gives for every shard, each torchrun process its part. Those that are there
-    already, whole, are not made again."""
+    """Write what make(shard, size, bar) -> tensors, prompts, {file that was left out: why} gives for every shard, each torchrun process its
+    part. Those that are there already, whole, are not made again. Returns all that was left out."""
     import checkpoint
     out, count = Path(out), config["count"]
     if (out / "config.json").is_file():
@@ -442,6 +457,11 @@ def make_shards(out, config, names, make):
     with tqdm(total=total, initial=total - sum(todo.values()), unit=config["what"][:-1], disable=process > 0) as bar:
         for i, size in todo.items():
             write_shard(out / f"{i:05d}.safetensors", *make(i, size, bar))
+    left_out = {}
+    for i in sizes:
+        with safe_open(out / f"{i:05d}.safetensors", "pt") as archive:
+            left_out |= json.loads(archive.metadata()["left_out"])
+    return left_out
 
 
 def make_pairs(out, config, device="cpu", batch_size=64, **options):
@@ -461,9 +481,9 @@ def make_pairs(out, config, device="cpu", batch_size=64, **options):
             part = slice(start, start + batch_size)
             x0.append(row.draw(noise[part].float().to(model.device)[None], model.encode(texts[part])).half().cpu())
             bar.update(len(x0[-1]))
-        return {"noise": noise, "x0": torch.cat(x0)}, texts
+        return {"noise": noise, "x0": torch.cat(x0)}, texts, {}
 
-    make_shards(out, config | {"what": "pairs"}, ("noise", "x0"), make)
+    make_shards(out, config | {"what": "pairs", "made_by": models.fingerprint(model.origin)}, ("noise", "x0"), make)
 
 
 def make_latents(out, config, device="cpu", bad_share=BAD_SHARE, **options):
@@ -473,7 +493,7 @@ def make_latents(out, config, device="cpu", bad_share=BAD_SHARE, **options):
     reader = PictureReader(config["images"], model.picture_size, bad_share)
 
     def make(i, size, bar):
-        x0, texts = [], []
+        x0, texts, before = [], [], len(reader.bad)
         for k in range(i * SHARD, i * SHARD + size):
             found = reader.read(k)
             if found:
@@ -482,10 +502,9 @@ def make_latents(out, config, device="cpu", bad_share=BAD_SHARE, **options):
             bar.update()
         if not x0:
             raise UserError(f"pictures {i * SHARD} to {i * SHARD + size - 1} in {config['images']} are all bad")
-        return {"x0": torch.cat(x0)}, texts
+        return {"x0": torch.cat(x0)}, texts, dict(list(reader.bad.items())[before:])
 
-    make_shards(out, config | {"what": "latents", "count": len(reader.entries)}, ("x0",), make)
-    return reader.bad
+    return make_shards(out, config | {"what": "latents", "count": len(reader.entries), "made_by": model.encoder_print}, ("x0",), make)
 
 
 # ---------------------------------------------------------------------------------------------------- emoji pictures

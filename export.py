@@ -79,7 +79,8 @@ tags: [distribution-matching-distillation, {'lora, ' if config['lora'] else ''}f
 
 A student that draws in {steps} step{'s' * (steps > 1)} what `{teacher}` draws in 50, made by distribution matching distillation (`--variant {config['variant']}`).
 
-Timesteps {timesteps}, no guidance (`guidance_scale=0` in diffusers), a scheduler that predicts x0 and adds new noise (LCMScheduler):
+Timesteps {timesteps}, no guidance (`guidance_scale=0` in diffusers), a scheduler that predicts x0 and adds new noise (LCMScheduler, which may warn that these are not
+its own timesteps; they are the ones that the student was trained for):
 
     from diffusers import LCMScheduler, {'' if config['lora'] else 'UNet2DConditionModel, '}{pipeline}
     {chr(10).join(load).replace(chr(10), chr(10) + '    ')}
@@ -110,12 +111,15 @@ def main():
     out = Path(args.out)
     if out.exists() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out} exists already" if out.exists() else f"there is no directory {out.parent} for --out {out}")
+    if out.suffix not in ("", ".safetensors"):
+        raise UserError(f"--out {out} should end in .safetensors, or be a folder without an ending")
     model = models.load_model(args.model or sample.run_configuration(args.student).get("model") or data.EMOJI_TEACHER, vae="none")
-    unet = models.load_student(args.student, model).network.to(getattr(torch, args.dtype))
-    if out.suffix == ".safetensors":
-        checkpoint.replace_file(out, lambda path: write_single_file(unet, path))
-    else:
-        checkpoint.replace_folder(out, unet.save_pretrained)
+    with models.quiet_libraries():
+        unet = models.load_student(args.student, model).network.to(getattr(torch, args.dtype))
+        if out.suffix == ".safetensors":
+            checkpoint.replace_file(out, lambda path: write_single_file(unet, path))
+        else:
+            checkpoint.replace_folder(out, unet.save_pretrained)
     print(f"{out}: {sum(p.numel() for p in unet.parameters()) / 1e6:.0f} million parameters")
 
 

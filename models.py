@@ -293,7 +293,7 @@ class Model:
     The network is kept in float32 unless `held_in` says otherwise: students start as copies of it.
     """
 
-    def __init__(self, name, pipe, device="cpu", dtype=torch.float32, held_in=torch.float32, teacher_device=None, text_device=None, vae_device=None):
+    def __init__(self, name, pipe, device="cpu", dtype=torch.float32, held_in=torch.float32, teacher_device=None, text_device=None, vae_device=None, own_vae=True):
         self.name, self.device, self.dtype, self.network_class = name, torch.device(device), dtype, type(pipe.unet)
         self.schedule, self.prediction = read_scheduler(pipe.scheduler, name)
         self.schedule = self.schedule.to(device)
@@ -301,6 +301,7 @@ class Model:
         both = ((pipe.tokenizer, pipe.text_encoder), (getattr(pipe, "tokenizer_2", None), getattr(pipe, "text_encoder_2", None)))
         self.text_encoders = [(tokenizer, encoder.requires_grad_(False).eval().to(self.text_device, dtype)) for tokenizer, encoder in both if encoder]
         self.vae = pipe.vae and pipe.vae.requires_grad_(False).eval().to(self.vae_device, torch.float32)
+        self.encoder_print = fingerprint(self.vae) if self.vae and own_vae else None
         self.zeros_for_no_text = pipe.config.get("force_zeros_for_empty_prompt", False)
         network = check_network(pipe.unet, name).to(teacher_device or device, held_in)
         self.teacher = self.denoiser(network).requires_grad_(False).eval()
@@ -432,7 +433,7 @@ def load_model(path, device="cpu", dtype=torch.float32, vae=None, **options):
                 pipe = getattr(diffusers, kind).from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False, **parts)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"the model {path} cannot be loaded: {first_line(error)}") from None
-        return PIPELINES[kind](str(path), pipe, device, dtype, **options)
+        return PIPELINES[kind](str(path), pipe, device, dtype, own_vae=vae is None, **options)
 
 
 def pipeline_kind(path):
@@ -482,8 +483,8 @@ def load_vae(path):
 def lpips_loss(model):
     """LPIPS (1801.03924) of the pictures of two batches of latents, the second of which needs no gradient; the target network sees
     them enlarged to 224 pixels at least."""
-    if not hasattr(model, "pixels"):
-        raise UserError(f"--regression lpips compares pictures, and {model.name} has none: use --regression mse")
+    if not getattr(model, "vae", None):
+        raise UserError("--regression lpips compares pictures, and there is no decoder for them: use --regression mse")
     try:
         import lpips
     except ImportError:
@@ -611,9 +612,12 @@ def unet_from_folder(folder, model):
 def read_weights(path):
     """{name: tensor} of a .safetensors file or of one that torch.save wrote, of which nothing is executed."""
     try:
-        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        why = "it holds more than weights, which is not loaded" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        damaged = "it is cut off or no file of weights"
+        why = "it holds more than weights, which is not loaded" if isinstance(error, pickle.UnpicklingError) else damaged if path.is_file() else first_line(error)
         raise UserError(f"the student {path} cannot be loaded: {why}") from None
     if not isinstance(weights, dict) or not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"the student {path} is no file of weights by name")

@@ -153,8 +153,12 @@ def add_common_flags(parser):
 
 
 def run_configuration(student):
-    """config.json of a run directory; nothing of anything else."""
-    return models.read_json(Path(student) / "config.json") if (Path(student) / "student").is_dir() else {}
+    """config.json of the run whose directory, student/ or LoRA file that is; nothing of anything else."""
+    path = Path(student).absolute()
+    for run, inside in ((path, path), (path.parent, path), (path.parent.parent, path.parent)):
+        if (run / "student").is_dir() and (run / "config.json").is_file() and inside in (run, run / "student"):
+            return models.read_json(run / "config.json")
+    return {}
 
 
 def load_teacher_and_student(args, teacher_only=False):
@@ -163,6 +167,8 @@ def load_teacher_and_student(args, teacher_only=False):
     if not run.exists() and not teacher_only:
         hint = "" if args.student else ": make one with `python train.py`, or name another with --student"
         raise UserError(f"there is no student at {run}{hint}")
+    if args.vae == "none":
+        raise UserError("--vae none leaves out the decoder, without which there are no pictures")
     config = {} if teacher_only else run_configuration(run)
     dtype = getattr(torch, args.dtype)
     model = models.load_model(args.model or config.get("model") or data.EMOJI_TEACHER, args.device, dtype, vae=args.vae, held_in=dtype,

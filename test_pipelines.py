@@ -544,11 +544,16 @@ def test_bad_lmdbs(folders, tmp_path):
     write_lmdb(tmp_path / "shape", torch.randn(4, 4, 16, 16), ["a"] * 4)
     write_lmdb(tmp_path / "cut", torch.randn(400, 4, 8, 8), ["a"] * 400)
     write_lmdb(tmp_path / "short", torch.randn(4, 4, 8, 8), ["a"] * 3)
+    write_lmdb(tmp_path / "hole", torch.randn(40, 4, 8, 8), ["a"] * 40)
+    import lmdb
+    with lmdb.open(str(tmp_path / "hole")) as environment, environment.begin(write=True) as writer:
+        writer.put(b"latents_17_data", b"ab")
     file = tmp_path / "cut" / "data.mdb"
     file.write_bytes(file.read_bytes()[:200_000])
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "data.mdb").write_text("no data base")
-    for name, says in (("shape", r"of shape \(4, 16, 16\); .* has \(4, 8, 8\)"), ("cut", "is cut off"), ("short", "no latents_3_data"), ("text", "cannot be read")):
+    for name, says in (("shape", r"of shape \(4, 16, 16\); .* has \(4, 8, 8\)"), ("cut", "is cut off"), ("short", "short: the LMDB has no latents_3_data"),
+                       ("hole", "hole: entry 17 of 40 has 2 bytes of latents, not 512"), ("text", "cannot be read")):
         with pytest.raises(UserError, match=says):
             data.real_data(model, tmp_path / name)
 
@@ -610,6 +615,7 @@ def test_bad_pictures_are_named_and_skipped_below_a_share_and_stop_the_run_above
     assert "1 of the 6 pictures" in (said := capsys.readouterr().err) and "2.png" in said and not list((tmp_path / "latents").glob("*.safetensors"))
     assert run(*command, "--bad-share", 0.2) == 0
     assert "left out: " in (said := capsys.readouterr().out) and "2.png" in said
+    assert run(*command, "--bad-share", 0.2) == 0 and "2.png" in capsys.readouterr().out  # named again when there is nothing left to do
     assert len(data.real_data(models.load_model(folders["sd15"]), tmp_path / "latents").prompts) == 5
 
 
@@ -625,13 +631,50 @@ def test_latents_and_pairs_under_torchrun(folders, pictures, tmp_path):
         assert all(torch.equal(alone[name], shared[name]) for name in alone) and prompts == same
 
 
+def test_latents_and_pairs_of_other_weights_are_refused(folders, pictures, tmp_path, capsys):
+    other = write_pipeline(tmp_path / "other", "sd15", seed=1)
+    data.make_latents(tmp_path / "latents", {"model": str(other), "images": str(pictures)})
+    data.make_pairs(tmp_path / "pairs", dict(model=str(other), prompts=write_prompts(folders["sd15"]), count=2, steps=2, guidance=3.0, seed=0))
+    flags = ["--prompts", write_prompts(folders["sd15"]), "--out", tmp_path / "run", *SMALL]
+    for more in (["--real", tmp_path / "latents"], ["--variant", "dmd", "--pairs", tmp_path / "pairs"]):
+        assert run("train.py", "--model", folders["sd15"], *flags, *more) == 2
+        assert f"were made by the weights of {other}" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert run("train.py", "--model", other, *flags, "--real", tmp_path / "latents", "--regression-weight", 0.1, "--pairs", tmp_path / "pairs", "--vae", "none") == 0
+
+
+def test_a_decoder_that_is_needed_cannot_be_left_out(folders, pictures, tmp_path, capsys):
+    flags = ["--model", folders["sd15"], "--prompts", write_prompts(folders["sd15"]), "--vae", "none"]
+    assert run("train.py", *flags, "--out", tmp_path / "run", *SMALL, "--real", pictures) == 2
+    assert "--vae none leaves out the encoder" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert run("sample.py", "--model", folders["sd15"], "--student", folders["sd15"] / "unet", "--vae", "none") == 2
+    assert "without which there are no pictures" in capsys.readouterr().err
+
+
+def test_a_run_s_student_folder_is_drawn_as_the_run_is(folders, tmp_path, capsys):
+    flags = ["--model", folders["sdxl"], "--prompts", write_prompts(folders["sdxl"]), "--gan-weight", 0, *SMALL, "--student-steps", 1, "--first-timestep", 399, "--guidance", 8]
+    assert run("train.py", *flags, "--out", tmp_path / "run") == 0
+    for student in (tmp_path / "run", tmp_path / "run" / "student"):
+        assert run("sample.py", "--student", student, "--prompts", "red apple", "--out", tmp_path / f"{student.name}.png", "--images", tmp_path / f"{student.name}-images") == 0
+        printed = capsys.readouterr().out
+        assert "guidance 8" in printed and "student, 1 step," in printed and "2 steps" not in printed
+    names = sorted(file.name for file in (tmp_path / "run-images").iterdir())
+    assert all(Image.open(tmp_path / "run-images" / name).tobytes() == Image.open(tmp_path / "student-images" / name).tobytes() for name in names)
+
+
+def test_export_to_something_else_is_refused(folders, tmp_path, capsys):
+    assert run("export.py", "--student", folders["sd15"] / "unet", "--model", folders["sd15"], "--out", tmp_path / "student.ckpt") == 2
+    assert "should end in .safetensors" in capsys.readouterr().err and not (tmp_path / "student.ckpt").exists()
+
+
 def test_real_data_of_the_wrong_shape_or_missing_stops_before_training(folders, pictures, tmp_path, capsys):
     data.make_latents(tmp_path / "latents", {"model": str(folders["sd15"]), "images": str(pictures)})
     (tmp_path / "empty").mkdir()
+    (tmp_path / "captionless").mkdir()
+    shutil.copy(pictures / "0.png", tmp_path / "captionless")
     write_pipeline(tmp_path / "larger", "sd15", sample_size=16)
     prompts = write_prompts(folders["sd15"])
     for model, real, says in ((tmp_path / "larger", tmp_path / "latents", "holds samples of shape (4, 8, 8)"), (folders["sd15"], tmp_path / "absent", "no such directory"),
-                              (folders["sd15"], tmp_path / "empty", "no pictures"), (folders["sd15"], None, "name some with --real")):
+                              (folders["sd15"], tmp_path / "empty", "no pictures"), (folders["sd15"], tmp_path / "captionless", "has a caption"), (folders["sd15"], None, "name some with --real")):
         assert run("train.py", "--model", model, "--prompts", prompts, "--out", tmp_path / "run", *SMALL, *(["--real", real] if real else [])) == 2
         assert says in capsys.readouterr().err and not (tmp_path / "run").exists()
 

@@ -13,6 +13,7 @@ The run directory holds config.json, metrics.jsonl, curves.png, pictures/, check
 student as a diffusers network or LoRA.
 """
 
+import argparse
 import contextlib
 import functools
 import importlib
@@ -105,7 +106,7 @@ def add_run_flags(parser):
     memory = parser.add_argument_group("memory")
     memory.add_argument("--micro-batch", type=errors.positive, metavar="N", help="samples that a process passes through a network at once; the rest of its share "
                                                                                  "of the batch follows in turn, which is gradient accumulation (default: all)")
-    memory.add_argument("--activation-checkpointing", action="store_true", help="compute activations again in the backward pass rather than keep them")
+    memory.add_argument("--activation-checkpointing", action=argparse.BooleanOptionalAction, default=False, help="compute activations again in the backward pass rather than keep them")
     memory.add_argument("--vae", metavar="PATH", help="another decoder, such as madebyollin/taesd; none leaves it and the pictures out")
     memory.add_argument("--vae-device", metavar="DEVICE", help="such as cpu (default: --device)")
     memory.add_argument("--text-device", metavar="DEVICE", help="of the text encoders (default: --device)")
