@@ -591,7 +591,7 @@ def load_student(path, model):
     else:
         raise UserError(f"there is no student at {path}")
     parameter = next(model.origin.parameters())
-    return model.denoiser(network.to(parameter.device, parameter.dtype)).requires_grad_(False).eval()
+    return model.denoiser(network).to(parameter.device, parameter.dtype).requires_grad_(False).eval()
 
 
 def unet_from_folder(folder, model):
