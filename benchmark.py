@@ -81,7 +81,7 @@ def seconds_in_communication(call, args):
     with torch.profiler.profile() as profile:
         for iteration in range(2 * args.fake_updates):
             call(iteration)
-    events = [event for event in profile.key_averages() if event.key.startswith(("gloo:", "nccl"))]
+    events = [event for event in profile.key_averages() if event.key.startswith(("gloo:", "ncclDevKernel"))]
     return sum(event.device_time_total or event.cpu_time_total for event in events) / 1e6 / (2 * args.fake_updates)
 
 
@@ -91,9 +91,15 @@ def run(args, prepare, iterate):
     if fsdp.launched() and fsdp.first():  # while the others wait to begin
         one = copy.copy(args)
         one.batch_size = max(1, args.batch_size // int(os.environ["WORLD_SIZE"]))
-        networks, sources = prepare(one)
-        alone = seconds_each(lambda iteration: iterate(networks, sources, iteration, one), "one process", networks, one)
-        del networks, sources
+        try:
+            networks, sources = prepare(one)
+            alone = seconds_each(lambda iteration: iterate(networks, sources, iteration, one), "one process", networks, one)
+        except torch.OutOfMemoryError:
+            alone = None
+        networks = sources = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     networks, sources = prepare(args, fsdp.start(args.shard, fsdp.own_device(args.device), args.timeout))
     step = lambda iteration: iterate(networks, sources, iteration, args)
     whole = seconds_each(step, "whole iterations", networks, args)
@@ -110,7 +116,8 @@ def run(args, prepare, iterate):
         fsdp.say(f"{fsdp.world()} processes, --shard {args.shard}: {args.batch_size / whole / fsdp.world():.1f} samples a second each, "
                  f"{talk:.4f} s an iteration in communication")
         if fsdp.first():
-            print(f"one process alone, unsharded, with {one.batch_size} samples: {alone:.4f} s an iteration, so the efficiency is {alone / whole:.3f}")
+            print(f"one process alone, unsharded, with {one.batch_size} samples: "
+                  + (f"{alone:.4f} s an iteration, so the efficiency is {alone / whole:.3f}" if alone else "does not fit into memory"))
 
 
 # ---------------------------------------------------------------------------------------------------- memory, computed

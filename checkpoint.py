@@ -45,13 +45,14 @@ def prepare_run_directory(out, resume, overwrite, bytes_needed):
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file")
-    if not resume and out.is_dir() and any(path.name != ".probe" and path.suffix != ".partial" for path in out.iterdir()):
+    if not resume and out.is_dir() and any(not path.name.startswith(".probe") and path.suffix != ".partial" for path in out.iterdir()):
         if not overwrite:
             raise UserError(f"{out} holds an earlier run: go on with --resume, replace it with --overwrite, or choose another --out")
         if not (out / "config.json").is_file():
             raise UserError(f"{out} is not empty and is no run directory, so --overwrite does not touch it")
     make_writable(out)
-    free = shutil.disk_usage(out).free
+    reused = sum(file.stat().st_size for folder in complete_checkpoints(out) for file in folder.iterdir())  # goes as new ones come
+    free = shutil.disk_usage(out).free + reused
     if free < bytes_needed:
         raise UserError(f"--out {out} has {free / 1e6:.0f} MB free, and this run needs {bytes_needed / 1e6:.0f} MB")
     for path in out.iterdir() if not resume else leftovers(out):
@@ -66,7 +67,7 @@ def leftovers(out):
 def make_writable(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".probe"
+        probe = out / f".probe-{os.getpid()}"
         probe.write_bytes(b"\0" * 65536)
         probe.unlink()
     except OSError as error:

@@ -206,7 +206,8 @@ class EmojiData:
     def __init__(self, model, views=4):
         self.model, self.pictures, self.views = model, emoji_pictures(128), views
         self.captions = [caption for _, caption in emoji_captions()]
-        self.known = torch.zeros(len(self.captions) * views, dtype=torch.bool)
+        self.count = len(self.captions) * views
+        self.known = torch.zeros(self.count, dtype=torch.bool)
         self.x = torch.zeros(len(self.known), *model.sample_shape, device=model.device)
 
     def draw(self, draws):
@@ -324,6 +325,7 @@ class PictureFolder:
 
     def __init__(self, folder, model):
         self.model, self.reader = model, PictureReader(folder, model.picture_size)
+        self.count = len(self.reader.entries)
         self.one(0)
 
     def one(self, i):
@@ -366,8 +368,9 @@ class Shards:
         if problems:
             raise UserError(problems[0])
         self.archives = [safe_open(file, "pt") for file in files]
-        prompts = [json.loads(archive.metadata()["prompts"]) for archive in self.archives]
+        prompts = [about_shard(archive)["prompts"] for archive in self.archives]
         self.prompts = [prompt for part in prompts for prompt in part]
+        self.count = len(self.prompts)
         self.places = [(k, i) for k, part in enumerate(prompts) for i in range(len(part))]
 
     def problem(self, file):
@@ -404,8 +407,13 @@ class Latents(Shards):
         super().__init__(folder, ("x0",), model, model.encoder_print, f"python data.py latents --images FOLDER --out {folder} --model {model.name}")
 
 
+def about_shard(archive):
+    """{"prompts": [...], "left_out": {file: why}, "sha256": ...}; one entry of the header, since the order of several is left to chance."""
+    return json.loads(archive.metadata()["about"])
+
+
 def shard_digest(tensors, prompts):
-    sha = hashlib.sha256(prompts.encode())
+    sha = hashlib.sha256(json.dumps(prompts).encode())
     for name in sorted(tensors):
         sha.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
         sha.update(tensors[name].contiguous().numpy().tobytes())
@@ -414,17 +422,16 @@ def shard_digest(tensors, prompts):
 
 def write_shard(file, tensors, prompts, left_out):
     import checkpoint
-    prompts = json.dumps(prompts)
-    metadata = {"prompts": prompts, "sha256": shard_digest(tensors, prompts), "left_out": json.dumps(left_out)}
-    checkpoint.replace_file(file, lambda path: save_file(tensors, path, metadata=metadata))
+    about = {"prompts": prompts, "left_out": left_out, "sha256": shard_digest(tensors, prompts)}
+    checkpoint.replace_file(file, lambda path: save_file(tensors, path, metadata={"about": json.dumps(about)}))
 
 
 def read_shard(file, names):
     """{name: tensor}, list of str"""
     try:
         with safe_open(file, "pt") as archive:
-            tensors, about = {name: archive.get_tensor(name) for name in names}, archive.metadata()
-        prompts, good = json.loads(about["prompts"]), about["sha256"] == shard_digest(tensors, about["prompts"])
+            tensors, about = {name: archive.get_tensor(name) for name in names}, about_shard(archive)
+        prompts, good = about["prompts"], about["sha256"] == shard_digest(tensors, about["prompts"])
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(f"{file} is damaged or holds no {' and '.join(names)}: {type(error).__name__}") from None
     if not good or any(len(tensor) != len(prompts) for tensor in tensors.values()):
@@ -460,7 +467,7 @@ def make_shards(out, config, names, make):
     left_out = {}
     for i in sizes:
         with safe_open(out / f"{i:05d}.safetensors", "pt") as archive:
-            left_out |= json.loads(archive.metadata()["left_out"])
+            left_out |= about_shard(archive)["left_out"]
     return left_out
 
 
@@ -579,14 +586,15 @@ def parse_arguments():
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for them")
     parser.add_argument("--model", metavar="PATH", help="the teacher, as train.py takes it (default: the embedded one)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", type=errors.dtype("float32", "bfloat16"), default="float32", metavar="DTYPE", help="float32 or bfloat16 (bf16): of matrix products")
+    parser.add_argument("--dtype", type=errors.dtype("float32", "bfloat16"), default="bfloat16" if torch.cuda.is_available() else "float32", metavar="DTYPE",
+                        help="float32 or bfloat16 (bf16): of matrix products")
     pairs = parser.add_argument_group("pairs")
     pairs.add_argument("--prompts", metavar="FILE", help=".txt, one a line, or a pickled list (default: the embedded set's captions)")
     pairs.add_argument("--count", type=errors.positive, default=4096)
     pairs.add_argument("--steps", type=errors.positive, default=50, help="of the teacher's sampler")
     pairs.add_argument("--guidance", type=errors.positive_number, default=sample.DEFAULT_GUIDANCE)
     pairs.add_argument("--seed", type=errors.natural, default=0)
-    pairs.add_argument("--batch-size", type=errors.positive, default=64, help="pictures drawn at once")
+    pairs.add_argument("--batch-size", type=errors.positive, default=16, help="pictures drawn at once")
     latents = parser.add_argument_group("latents")
     latents.add_argument("--images", metavar="DIR", help="folder of pictures with captions")
     latents.add_argument("--bad-share", type=errors.weight, default=BAD_SHARE, help="of the pictures that may be damaged or without a caption: they are named and left out")
@@ -601,7 +609,7 @@ def main():
     device, dtype, bad = fsdp.own_device(args.device), getattr(torch, args.dtype), {}
     try:
         if args.what == "pairs":
-            config = {name: getattr(args, name) for name in ("model", "prompts", "count", "steps", "guidance", "seed")}
+            config = {name: getattr(args, name) for name in ("model", "prompts", "count", "steps", "guidance", "seed", "dtype")}
             make_pairs(args.out, config, device, args.batch_size, dtype=dtype)
         else:
             bad = make_latents(args.out, {"model": args.model, "images": args.images}, device, args.bad_share, dtype=dtype)

@@ -490,7 +490,7 @@ def lpips_loss(model):
     except ImportError:
         raise UserError("--regression lpips needs a package that is not installed: pip install lpips") from None
     try:
-        distance = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).to(model.device)
+        distance = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).to(model.vae_device)
     except OSError as error:  # torchvision fetches VGG's weights when they are first used
         raise UserError(f"--regression lpips cannot get VGG's weights: {first_line(error)}") from None
 
@@ -586,7 +586,7 @@ def load_student(path, model):
         network = unet_from_folder(path, model)
     elif path.is_file():
         weights = read_weights(path)
-        network = copy.deepcopy(model.origin.network)
+        network = copy.deepcopy(model.origin.network).float()  # a LoRA's part may be smaller than what a shorter dtype rounds off
         (merge_lora if any("lora" in name for name in weights) else load_weights)(network, weights, path, model)
     else:
         raise UserError(f"there is no student at {path}")

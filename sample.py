@@ -191,7 +191,7 @@ def parse_arguments():
     parser.add_argument("--prompts", nargs="+", help="prompts in quotes, or one file of them: .txt, one a line, or a pickled list")
     parser.add_argument("--out", default="samples.png", metavar="FILE")
     parser.add_argument("--images", metavar="DIR", help="write each picture as a PNG of its own too, with prompt and settings in its metadata")
-    parser.add_argument("--batch-size", type=errors.positive, default=64, help="pictures drawn at once")
+    parser.add_argument("--batch-size", type=errors.positive, default=8, help="pictures drawn at once")
     parser.add_argument("--vae-slicing", action="store_true", help="decode one picture at a time")
     return parser.parse_args()
 

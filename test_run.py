@@ -367,8 +367,8 @@ def bad_inputs():
         ("train.py", ["--mean-variance-target", "0", "0"], "are not a mean and a variance"),
         ("train.py", ["--variant", "dmd"], "needs noise-image pairs"),
         ("train.py", ["--variant", "dmd", "--pairs", "{tmp}/absent"], "no noise-image pairs in"),
-        ("train.py", ["--variant", "dmd", "--pairs", "{tmp}/damaged-pairs"], "damaged or holds no noise and x0"),
-        ("train.py", ["--variant", "dmd", "--pairs", "{tmp}/pairs"], "holds samples of shape (2, 1, 1)"),
+        ("train.py", ["--model", "gmm", "--variant", "dmd", "--pairs", "{tmp}/damaged-pairs"], "damaged or holds no noise and x0"),
+        ("train.py", ["--variant", "dmd", "--pairs", "{tmp}/pairs"], "were made by the weights of gmm"),
         ("train.py", ["--model", "{tmp}/elsewhere", "--variant", "dmd2"], "need real data"),
         ("train.py", ["--model", "{tmp}/elsewhere", "--variant", "decoupled", "--student-input", "data"], "need real data"),
         ("train.py", ["--model", "gmm", "--prompts", "{tmp}/words.txt", "--out", "{tmp}/words"], "'cat' is no prompt of gmm"),
@@ -542,6 +542,17 @@ def test_changes_and_new_optimizers_hold_when_the_first_save_was_never_reached(p
     assert "with new optimizers" in capsys.readouterr().out
     assert run("train.py", "--resume", stopped, "--iterations", 10) == 0
     assert "with new optimizers" not in capsys.readouterr().out  # from here on there was a save
+    manifest = checkpoint.read_manifest(checkpoint.complete_checkpoints(stopped)[0])
+    assert manifest["iteration"] == 10 and manifest["fresh_since"] == 4  # warm-up counts from the new optimizers' beginning
+
+
+def test_other_prompts_under_the_same_name_are_refused(tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("0\n1\n")
+    assert run("train.py", "--out", out, "--prompts", prompts, "--iterations", 2, "--gan-weight", 0, *PLANE) == 0
+    prompts.write_text("0\n2\n")
+    assert run("train.py", "--resume", out, "--iterations", 4) == 2 and "prompts was 2 (" in capsys.readouterr().err
+    assert run("train.py", "--resume", out, "--iterations", 4, "--allow-changes") == 0
 
 
 def test_flags_are_those_of_the_checkpoint_that_is_gone_on_from(plane_run, tmp_path, capsys):

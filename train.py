@@ -16,6 +16,7 @@ student as a diffusers network or LoRA.
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib
 import json
 import math
@@ -194,6 +195,11 @@ class Sources:
     real: object = None
     pairs: object = None
 
+    def about(self):
+        """What a run that is gone on with has to have again."""
+        digest = hashlib.sha256("\n".join(self.prompts.texts).encode()).hexdigest()[:16]
+        return {"prompts": f"{len(self.prompts.texts)} ({digest})", "real data": getattr(self.real, "count", None), "pairs": getattr(self.pairs, "count", None)}
+
 
 def open_sources(model, args):
     prompts = data.training_prompts(args.prompts, model)
@@ -208,13 +214,14 @@ class Networks:
         self.model, self.schedule, self.uncond = model, model.schedule, model.uncond
         self.timesteps = model.schedule.timesteps(args.student_steps, args.first_timestep)
         self.at_once = args.micro_batch or args.batch_size
+        self.fresh_since = 0  # the iteration at which the optimizers began, from which warm-up counts
         self.teacher_print = models.fingerprint(model.teacher) if fsdp.first() else None
         place = lambda module: fsdp.shard(module, mesh, model.device, model.dtype)
         make = lambda rank: models.trainable_copy(model.origin, rank, args.lora_alpha, args.seed)
         fake_rank = args.lora if args.fake_lora is None else args.fake_lora
-        # What is trained whole is copied before a LoRA lets the rest of a network lie in a shorter dtype; copies are made before what
-        # they are copies of is sharded, and each is sharded before the next is made.
-        fake_score = make(0) if fake_rank == 0 else None
+        # Copies are made before what they are copies of is sharded, and each is sharded before the next is made; but for a whole fake
+        # score beside a LoRA, which lets the rest of its network lie in a shorter dtype.
+        fake_score = make(0) if fake_rank == 0 and args.lora else None
         self.student = place(make(args.lora))
         self.averaged_student = place(make(args.lora).requires_grad_(False)) if args.ema > 0 else self.student
         fake_score = fake_score or make(fake_rank)
@@ -415,7 +422,7 @@ def iterate(networks, sources, iteration, args):
     student_turn = iteration % args.fake_updates == 0
     for optimizer, lr in ((networks.student_optimizer, args.learning_rate), (networks.fake_optimizer, args.fake_learning_rate)):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (iteration + 1) / (args.warmup + 1))
+            group["lr"] = lr * min(1.0, (iteration - networks.fresh_since + 1) / (args.warmup + 1))
 
     # What the student is given at a step of its sampler that this iteration's draw chooses.
     in_parts = functools.partial(models.in_parts, networks.at_once)
@@ -512,7 +519,7 @@ class Gallery:
         row = sample.teacher_row(networks.model, min(50, len(networks.schedule)), args.guidance)
         self.x_teacher = sample.draw_in_batches(row, self.noise, self.cond, networks.at_once)
         self.decode = lambda x: networks.model.decode(x, networks.at_once)
-        self.teacher = (row.label, self.decode(self.x_teacher)) if networks.model.vae else None
+        self.teacher = (row.label, self.decode(self.x_teacher)) if networks.model.vae and fsdp.first() else None
 
     def draw(self, iteration):
         """The picture's path; None without a decoder."""
@@ -578,27 +585,30 @@ def student_writer(out, networks, config):
     return lambda: checkpoint.replace_folder(out / "student", write)
 
 
-def manifest_of(networks, config, iteration, log):
+def manifest_of(networks, sources, config, iteration, log):
     network = networks.model.origin.network
     return {"iteration": iteration, "processes": fsdp.world(), "teacher": networks.teacher_print, "config": config, "log": log,
+            "fresh_since": networks.fresh_since, "data": sources.about(),
             "network": {"class": networks.model.network_class.__name__} | {k: v for k, v in network.config.items() if not k.startswith("_")}}
 
 
-def restore(networks, config, args):
+def restore(networks, sources, config, args):
     """Put a checkpoint back. Returns it with its manifest, (None, None) if there is none yet."""
     folder, manifest = checkpoint.choose(args.out, args.checkpoint)
     if not folder:
         fsdp.say(f"{args.out} has no checkpoint yet: from the beginning")
         return None, None
     if not args.allow_changes:
-        present = fsdp.from_first(lambda: manifest_of(networks, config, 0, {}))  # the teacher's print is the first process's
+        present = fsdp.from_first(lambda: manifest_of(networks, sources, config, 0, {}))  # the teacher's print is the first process's
         fields = checkpoint.differing(manifest["network"], present["network"])
         fields += ["the teacher's weights are others"] * (manifest["teacher"] != present["teacher"])
+        fields += checkpoint.differing(manifest.get("data", present["data"]), present["data"])
         if fields:
-            raise errors.UserError(f"{folder} is of another model: {'; '.join(fields)}. If you mean it: --allow-changes")
+            raise errors.UserError(f"{folder} is of another model or of other data: {'; '.join(fields)}. If you mean it: --allow-changes")
     tensors = networks.network_tensors() if args.reset_optimizer else networks.tensors()
     new = checkpoint.load(folder, tensors, ("fake_score.head.", "fake_score_optimizer.head.") if args.allow_changes else ())
     fsdp.say(f"going on from {folder}" + (", with a new GAN head" if new else "") + (", with new optimizers" if args.reset_optimizer else ""))
+    networks.fresh_since = manifest["iteration"] if args.reset_optimizer else manifest.get("fresh_since", 0)
     write_student = student_writer(args.out, networks, config)  # a kill may have come between a checkpoint and its student
     fsdp.from_first(write_student)
     return folder, manifest
@@ -611,7 +621,7 @@ def train(networks, sources, config, args):
     out, resume = args.out, args.resume is not None
     size = sum(tensor.numel() * tensor.element_size() for tensor in networks.tensors().values())
     fsdp.from_first(lambda: checkpoint.prepare_run_directory(out, resume, args.overwrite, bytes_needed=(args.keep + 1) * size))
-    folder, manifest = restore(networks, config, args) if resume else (None, None)
+    folder, manifest = restore(networks, sources, config, args) if resume else (None, None)
     start, saved_log = (manifest["iteration"], manifest.get("log", {})) if manifest else (0, {})
 
     with StopAtSignal() as stop:
@@ -661,7 +671,7 @@ def loop(networks, sources, config, args, gallery, log, tracker, start, stop):
             log.draw_curves()
         asked = fsdp.largest_over_processes(stop.asked)
         if done % args.save_every == 0 or done == args.iterations or asked:
-            writer.save(networks.tensors(), manifest_of(networks, config, done, log.save()), student_writer(out, networks, config))
+            writer.save(networks.tensors(), manifest_of(networks, sources, config, done, log.save()), student_writer(out, networks, config))
         writer.check()
         if asked and done < args.iterations:
             progress.close()
