@@ -3,6 +3,7 @@
     python data.py pairs --out pairs --count 4096                 # noise-image pairs for `train.py --variant dmd --pairs pairs`
     python data.py pairs --out pairs --count 10000 --model DIR --prompts captions.pkl --guidance 8
     python data.py latents --images FOLDER --out latents --model DIR           # latents for `train.py --real latents`
+    python data.py pixels --images imagenet/train --out imagenet64 --size 64   # pixels and labels, for EDM's networks
     torchrun --standalone --nproc_per_node=8 data.py latents --images FOLDER --out latents --model DIR      # shared out
 
 A pair is noise and what the teacher's deterministic sampler makes of it. A folder of pictures has captions in metadata.jsonl (lines
@@ -18,11 +19,13 @@ runs without the font.
 
 import functools
 import hashlib
+import io
 import json
 import math
 import os
 import pickle
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -184,18 +187,26 @@ def real_data(model, path=None):
         raise UserError(f"--gan-weight and --student-input data need real data, of which there is none for {model.name}: name some with --real, or use "
                         "--gan-weight 0 and --student-input backward")
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"--real {path}: there is no such directory")
+    if not path.is_dir() and not (path.is_file() and path.suffix == ".zip"):
+        raise UserError(f"--real {path}: there is no such directory or .zip")
     if (path / "data.mdb").is_file():
-        return LmdbLatents(path, model)
+        return Lmdb(path, model)
     if (path / "config.json").is_file():
         return Latents(path, model)
     need_encoder(model)
     return PictureFolder(path, model)
 
 
+def check_labels(model, real):
+    """Class labels that the network does not know are refused before anything is trained."""
+    if hasattr(model, "labels") and hasattr(real, "captions_in_all"):
+        unknown = max((int(caption) for caption in real.captions_in_all() if caption.isdecimal()), default=0)
+        if unknown >= model.labels:
+            raise UserError(f"--real has labels up to {unknown}; the labels of {model.name} are 0 to {model.labels - 1}")
+
+
 def need_encoder(model):
-    if not model.vae:
+    if not model.decodes:
         raise UserError("--vae none leaves out the encoder, which real data in pictures need: make latents beforehand with `python data.py latents`")
 
 
@@ -219,8 +230,9 @@ class EmojiData:
         return self.x[view], prompts                                                               # (B, C, h, w), B prompts
 
 
-class LmdbLatents:
-    """DMD2's data base: latents_{i}_data, raw float16 that is scaled already, latents_shape as text, prompts_{i}_data."""
+class Lmdb:
+    """DMD2's data bases: latents_{i}_data, raw float16 that is scaled already, with prompts_{i}_data; or images_{i}_data, uint8, with
+    labels_{i}_data, int64. latents_shape or images_shape is text."""
 
     def __init__(self, folder, model):
         try:
@@ -234,15 +246,17 @@ class LmdbLatents:
             if present < used:  # reading beyond the end would kill the process
                 raise UserError(f"--real {folder}: data.mdb is cut off: it has {present} bytes of {used}")
             self.folder, self.reader = folder, environment.begin(buffers=True)
-            count, *shape = map(int, bytes(self.get("latents_shape")).decode().split())
+            self.pixels = self.reader.get(b"images_shape") is not None
+            self.values, self.captions, self.dtype = ("images", "labels", np.uint8) if self.pixels else ("latents", "prompts", np.float16)
+            count, *shape = map(int, bytes(self.get(f"{self.values}_shape")).decode().split())
         except (lmdb.Error, OSError, ValueError) as error:
             raise UserError(f"--real {folder} cannot be read: {error}") from None
         if tuple(shape) != model.sample_shape or count < 1:
-            raise UserError(f"--real {folder} holds {count} latents of shape {tuple(shape)}; {model.name} has {model.sample_shape}")
-        self.model, self.count, size = model, count, 2 * math.prod(shape)
+            raise UserError(f"--real {folder} holds {count} {self.values} of shape {tuple(shape)}; {model.name} has {model.sample_shape}")
+        self.model, self.count, size = model, count, math.prod(shape) * np.dtype(self.dtype).itemsize
         for i in range(fsdp.rank(), count, fsdp.world()):  # looks the entries up, but does not read them
-            if len(self.get(f"latents_{i}_data")) != size or not self.get(f"prompts_{i}_data"):
-                raise UserError(f"--real {folder}: entry {i} of {count} has {len(self.get(f'latents_{i}_data'))} bytes of latents, not {size}, or no prompt")
+            if len(self.get(f"{self.values}_{i}_data")) != size or not self.get(f"{self.captions}_{i}_data"):
+                raise UserError(f"--real {folder}: entry {i} of {count} has {len(self.get(f'{self.values}_{i}_data'))} bytes of {self.values}, not {size}, or no caption")
 
     def get(self, name):
         value = self.reader.get(name.encode())
@@ -250,13 +264,22 @@ class LmdbLatents:
             raise UserError(f"--real {self.folder}: the LMDB has no {name}")
         return value
 
+    def captions_in_all(self):
+        return {str(int.from_bytes(bytes(self.get(f"labels_{i}_data")), "little")) for i in range(self.count)} if self.pixels else set()
+
     def read(self, i):
-        raw = np.frombuffer(self.get(f"latents_{i}_data"), np.float16)
-        return torch.from_numpy(raw.reshape(self.model.sample_shape).astype(np.float32)), bytes(self.get(f"prompts_{i}_data")).decode()
+        x = torch.from_numpy(np.frombuffer(self.get(f"{self.values}_{i}_data"), self.dtype).reshape(self.model.sample_shape).copy())
+        caption = bytes(self.get(f"{self.captions}_{i}_data"))
+        return as_sample(x), str(int.from_bytes(caption, "little")) if self.pixels else caption.decode()
 
     def draw(self, draws):
         x, prompts = zip(*(self.read(i) for i in (draws.uniform() * self.count).long().tolist()))
         return torch.stack(x).to(self.model.device), list(prompts)
+
+
+def as_sample(x):
+    """Stored latents, or stored pixels, which become -1 to 1."""
+    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
 
 
 # ---------------------------------------------------------------------------------------------------- folders of pictures
@@ -265,11 +288,19 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BAD_SHARE = 0.01  # of a folder's pictures that may be damaged or without a caption
 
 
-def list_pictures(folder):
-    """[(file, caption or None), ...] by name."""
+def list_pictures(folder, labels=False):
+    """[(file, caption or None), ...] by name. With `labels` a caption is the number of the picture's folder among its sorted neighbours."""
     folder = Path(folder)
+    if folder.suffix == ".zip":
+        return list_archive(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder of pictures {folder}")
+    if labels and not (folder / "metadata.jsonl").is_file():
+        classes = sorted(path for path in folder.iterdir() if path.is_dir())
+        found = [(file, str(label)) for label, path in enumerate(classes) for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES]
+        if not found:
+            raise UserError(f"{folder} holds no pictures in folders, one for each class")
+        return found
     if (folder / "metadata.jsonl").is_file():
         try:
             rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -286,32 +317,59 @@ def list_pictures(folder):
     return sorted(found, key=lambda entry: str(entry[0]))
 
 
-def load_picture(file, size):
-    """(3, size, size) in [-1, 1]: shrunk or enlarged until the shorter side fits, then cut around the centre, as Stable Diffusion is trained."""
-    from PIL import Image, ImageOps
-    with Image.open(file) as picture:
-        picture = ImageOps.exif_transpose(picture).convert("RGB")
+def list_archive(path):
+    """The same of EDM's zip: pictures, and dataset.json with {"labels": [[name, label], ...]}."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sorted((str(name), str(int(label))) for name, label in json.loads(archive.read("dataset.json"))["labels"])
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no archive of pictures with a dataset.json of labels: {type(error).__name__} {error}") from None
+
+
+def crop_as_adm(picture, size):
+    """As ImageNet is prepared for ADM and EDM: halved by means of four pixels as often as it can be, then bicubic to the size."""
+    from PIL import Image
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
+def crop_as_stable_diffusion(picture, size):
+    """Shrunk or enlarged until the shorter side fits, then cut around the centre."""
+    from PIL import Image
     width, height = picture.size
     width, height = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    picture = picture.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return picture.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
+
+
+def load_picture(file, size, crop=crop_as_stable_diffusion):
+    """uint8, (3, size, size)"""
+    from PIL import Image, ImageOps
+    with Image.open(file) as picture:
+        picture = crop(ImageOps.exif_transpose(picture).convert("RGB"), size)
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
 
 
 class PictureReader:
     """Reads pictures of a folder and counts those that cannot be used; too many stop the run."""
 
-    def __init__(self, folder, size, bad_share=BAD_SHARE):
-        self.entries, self.size, self.folder = list_pictures(folder), size, folder
+    def __init__(self, folder, size, bad_share=BAD_SHARE, labels=False):
+        self.entries, self.size, self.folder = list_pictures(folder, labels), size, folder
+        self.crop = crop_as_adm if labels else crop_as_stable_diffusion
+        self.archive = zipfile.ZipFile(folder) if Path(folder).suffix == ".zip" else None
         self.allowed, self.bad = bad_share * len(self.entries), {}
 
     def read(self, i):
-        """(picture, caption), or None for a bad one."""
+        """(picture, caption), or None for a bad one. Pictures are uint8."""
         file, caption = self.entries[i]
         try:
             if caption is None:
                 raise ValueError("it has no caption")
-            return load_picture(file, self.size), caption
+            return load_picture(io.BytesIO(self.archive.read(file)) if self.archive else file, self.size, self.crop), caption
         except Exception as error:  # PIL has many for a damaged file
             self.bad[str(file)] = str(error) or type(error).__name__
             if len(self.bad) > self.allowed:
@@ -324,9 +382,12 @@ class PictureFolder:
     """A folder of pictures with captions, encoded as they are drawn. In place of a bad one comes the next."""
 
     def __init__(self, folder, model):
-        self.model, self.reader = model, PictureReader(folder, model.picture_size)
+        self.model, self.reader = model, PictureReader(folder, model.picture_size, labels=hasattr(model, "labels"))
         self.count = len(self.reader.entries)
         self.one(0)
+
+    def captions_in_all(self):
+        return {caption for _, caption in self.reader.entries}
 
     def one(self, i):
         while True:
@@ -337,7 +398,7 @@ class PictureFolder:
 
     def draw(self, draws):
         pictures, prompts = zip(*(self.one(i) for i in (draws.uniform() * len(self.reader.entries)).long().tolist()))
-        return torch.cat([self.model.latents(picture[None]) for picture in pictures]), list(prompts)  # one at a time: rounding then does not depend on the rest
+        return torch.cat([self.model.latents(as_sample(picture[None])) for picture in pictures]), list(prompts)  # one at a time: rounding then does not depend on the rest
 
 
 # ---------------------------------------------------------------------------------------------------- shards: pairs and latents
@@ -373,6 +434,9 @@ class Shards:
         self.count = len(self.prompts)
         self.places = [(k, i) for k, part in enumerate(prompts) for i in range(len(part))]
 
+    def captions_in_all(self):
+        return set(self.prompts)
+
     def problem(self, file):
         try:
             tensors, _ = read_shard(file, self.names)
@@ -387,7 +451,7 @@ class Shards:
 
     def read(self, index):
         pick = lambda name: torch.cat([self.archives[k].get_slice(name)[i:i + 1] for k, i in (self.places[j] for j in index)])
-        return *(pick(name).float().to(self.model.device) for name in self.names), [self.prompts[i] for i in index]
+        return *(as_sample(pick(name)).to(self.model.device) for name in self.names), [self.prompts[i] for i in index]
 
 
 class Pairs(Shards):
@@ -454,7 +518,7 @@ def make_shards(out, config, names, make):
     def whole(file, size):
         try:
             count = len(read_shard(file, names)[1])
-            return count == size or config["what"] == "latents"  # which may lack bad pictures
+            return count == size or config["what"] != "pairs"  # pictures that are bad may be missing
         except UserError:
             return False
 
@@ -498,20 +562,30 @@ def make_latents(out, config, device="cpu", bad_share=BAD_SHARE, **options):
     import models
     model = models.load_model(config["model"] or EMOJI_TEACHER, device, **options)
     reader = PictureReader(config["images"], model.picture_size, bad_share)
+    encode = lambda picture: model.latents(as_sample(picture[None])).half().cpu()
+    return write_pictures(out, config | {"what": "latents", "made_by": model.encoder_print}, reader, encode)
 
+
+def make_pixels(out, config, bad_share=BAD_SHARE):
+    """config: images and size, as `python data.py pixels` takes them."""
+    reader = PictureReader(config["images"], config["size"], bad_share, labels=True)
+    return write_pictures(out, config | {"what": "pixels"}, reader, lambda picture: picture[None])
+
+
+def write_pictures(out, config, reader, encode):
     def make(i, size, bar):
         x0, texts, before = [], [], len(reader.bad)
         for k in range(i * SHARD, i * SHARD + size):
             found = reader.read(k)
             if found:
-                x0.append(model.latents(found[0][None]).half().cpu())
+                x0.append(encode(found[0]))
                 texts.append(found[1])
             bar.update()
         if not x0:
             raise UserError(f"pictures {i * SHARD} to {i * SHARD + size - 1} in {config['images']} are all bad")
         return {"x0": torch.cat(x0)}, texts, dict(list(reader.bad.items())[before:])
 
-    return make_shards(out, config | {"what": "latents", "count": len(reader.entries), "made_by": model.encoder_print}, ("x0",), make)
+    return make_shards(out, config | {"count": len(reader.entries)}, ("x0",), make)
 
 
 # ---------------------------------------------------------------------------------------------------- emoji pictures
@@ -582,7 +656,7 @@ def shift_and_scale(pictures, generator, width=1.0):
 def parse_arguments():
     import sample
     parser = errors.Parser(__doc__)
-    parser.add_argument("what", choices=("pairs", "latents"))
+    parser.add_argument("what", choices=("pairs", "latents", "pixels"))
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for them")
     parser.add_argument("--model", metavar="PATH", help="the teacher, as train.py takes it (default: the embedded one)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -595,12 +669,13 @@ def parse_arguments():
     pairs.add_argument("--guidance", type=errors.positive_number, default=sample.DEFAULT_GUIDANCE)
     pairs.add_argument("--seed", type=errors.natural, default=0)
     pairs.add_argument("--batch-size", type=errors.positive, default=16, help="pictures drawn at once")
-    latents = parser.add_argument_group("latents")
-    latents.add_argument("--images", metavar="DIR", help="folder of pictures with captions")
+    latents = parser.add_argument_group("latents and pixels")
+    latents.add_argument("--images", metavar="DIR", help="folder of pictures with captions; for pixels a folder with one for each class, or EDM's .zip")
+    latents.add_argument("--size", type=errors.positive, default=64, help="of pixels")
     latents.add_argument("--bad-share", type=errors.weight, default=BAD_SHARE, help="of the pictures that may be damaged or without a caption: they are named and left out")
     args = parser.parse_args()
-    if args.what == "latents" and not args.images:
-        parser.error("latents need --images DIR, a folder of pictures with captions")
+    if args.what != "pairs" and not args.images:
+        parser.error(f"{args.what} need --images DIR, a folder of pictures")
     return args
 
 
@@ -611,6 +686,8 @@ def main():
         if args.what == "pairs":
             config = {name: getattr(args, name) for name in ("model", "prompts", "count", "steps", "guidance", "seed", "dtype")}
             make_pairs(args.out, config, device, args.batch_size, dtype=dtype)
+        elif args.what == "pixels":
+            bad = make_pixels(args.out, {"images": args.images, "size": args.size}, args.bad_share)
         else:
             bad = make_latents(args.out, {"model": args.model, "images": args.images}, device, args.bad_share, dtype=dtype)
     except KeyboardInterrupt:

@@ -62,10 +62,10 @@ def write_single_file(unet, path):
 
 def model_card(model, timesteps, config):
     """README.md of a student."""
-    teacher, pipeline = config["model"] or "assets/emoji_teacher", model.name
-    if hasattr(model, "mixture"):
-        return f"A few-step student of the plane {model.name}. Timesteps {timesteps}.\n"
-    pipeline, steps = model.pipeline_class().__name__, len(timesteps)
+    teacher, steps = config["model"] or "assets/emoji_teacher", len(timesteps)
+    if not hasattr(model, "pipeline_class"):  # the plane, EDM: no pipeline of diffusers draws with it
+        return f"A student of {teacher} for {steps} step{'s' * (steps > 1)}, timesteps {timesteps} of its {len(model.schedule)} noise levels: `python sample.py --student RUN`.\n"
+    pipeline = model.pipeline_class().__name__
     if config["lora"]:
         load = [f'pipe = {pipeline}.from_pretrained("{teacher}")', 'pipe.load_lora_weights("path/to/this/folder")']
     else:

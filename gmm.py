@@ -167,7 +167,7 @@ class Model:
     sample_prompts = prompts * 256
 
     def __init__(self, name, device="cpu", dtype=torch.float32):
-        self.name, self.device, self.dtype = name, torch.device(device), dtype
+        self.name, self.device, self.dtype, self.frozen_dtype = name, torch.device(device), dtype, dtype
         self.mixture, self.truth = teacher_mixture(name).to(self.device), plane().to(self.device)
         self.schedule, self.prediction = sd_schedule().to(self.device), "v_prediction"
         self.teacher = self.denoiser(ExactNetwork(self.mixture, self.schedule)).eval()
@@ -177,6 +177,9 @@ class Model:
 
     def denoiser(self, network):
         return models.Denoiser(network.to(self.device), self.schedule, self.prediction, self.dtype)
+
+    def own_names(self, weights):
+        return weights
 
     def encode(self, prompts):
         """Labels as str, "" for none -> cond."""

@@ -115,19 +115,22 @@ class Denoiser(torch.nn.Module):
         super().__init__()
         self.network, self.schedule, self.prediction, self.dtype = network, schedule, prediction, dtype
 
-    def forward(self, x_t, t, cond):
-        """x_t (B, C, H, W), t (B,) or an int, cond -> x0 (B, C, H, W), float32."""
-        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-        alpha, sigma = self.schedule.at(t, x_t)
+    def forward(self, x_t, t, cond, schedule=None):
+        """x_t (B, C, H, W), t (B,) or an int, cond -> x0 (B, C, H, W), float32. schedule: another table that t is of."""
+        t, schedule = torch.as_tensor(t, device=x_t.device).expand(len(x_t)), schedule or self.schedule
+        alpha, sigma = schedule.at(t, x_t)
         scaled = x_t * edm_input_scale(sigma) if self.prediction == "edm" else x_t
         with compute_in(self.dtype, x_t.device):
-            output = self.network(scaled, self.schedule.network_time[t], return_dict=False, **network_arguments(cond))[0]
+            output = self.network(scaled, schedule.network_time[t], return_dict=False, **network_arguments(cond))[0]
         return x0_from_output(self.prediction, output.float(), x_t, alpha, sigma)
 
     def x0_and_features(self, x_t, t, cond):
-        """The same, with what the network's mid block gave on the way."""
-        seen = []
-        hook = self.network.mid_block.register_forward_hook(lambda block, inputs, output: seen.append(output))
+        """The same, with what the network's mid block gave on the way; of EDM's, as in DMD2, what it was given."""
+        seen, block = [], self.network.mid_block
+        if self.prediction == "edm":
+            hook = block.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
+        else:
+            hook = block.register_forward_hook(lambda block, inputs, output: seen.append(output))
         try:
             return self(x_t, t, cond), seen[0]
         finally:
@@ -264,6 +267,17 @@ def deterministic_sample(x0_of, noise, timesteps, schedule):
     return x0_of(x_t, timesteps[-1])
 
 
+def heun_sample(x0_of, noise, schedule):
+    """EDM's deterministic sampler (2206.00364, algorithm 1): Heun's second-order steps through all levels of the schedule, the last one,
+    to no noise at all, of first order. 2 T - 1 calls of x0_of(x_t, t)."""
+    x_t = schedule.noise_scale * noise                                                             # (B, C, H, W)
+    for t in range(len(schedule) - 1, 0, -1):
+        step, slope = schedule.sigma[t - 1] - schedule.sigma[t], (x_t - x0_of(x_t, t)) / schedule.sigma[t]
+        x_s = x_t + step * slope
+        x_t = x_t + step * (slope + (x_s - x0_of(x_s, t - 1)) / schedule.sigma[t - 1]) / 2
+    return x0_of(x_t, 0)
+
+
 def rollout(student, noise, cond, timesteps):
     """Few-step sampling with new noise before every step, for sampling and, as backward simulation (2405.14867),
     for training: predict x0, diffuse it to the next timestep, predict again.
@@ -295,12 +309,14 @@ class Model:
 
     def __init__(self, name, pipe, device="cpu", dtype=torch.float32, held_in=torch.float32, teacher_device=None, text_device=None, vae_device=None, own_vae=True):
         self.name, self.device, self.dtype, self.network_class = name, torch.device(device), dtype, type(pipe.unet)
+        self.frozen_dtype = dtype  # of a teacher
         self.schedule, self.prediction = read_scheduler(pipe.scheduler, name)
         self.schedule = self.schedule.to(device)
         self.text_device, self.vae_device = torch.device(text_device or device), torch.device(vae_device or device)
         both = ((pipe.tokenizer, pipe.text_encoder), (getattr(pipe, "tokenizer_2", None), getattr(pipe, "text_encoder_2", None)))
         self.text_encoders = [(tokenizer, encoder.requires_grad_(False).eval().to(self.text_device, dtype)) for tokenizer, encoder in both if encoder]
         self.vae = pipe.vae and pipe.vae.requires_grad_(False).eval().to(self.vae_device, torch.float32)
+        self.decodes = self.vae is not None
         self.encoder_print = fingerprint(self.vae) if self.vae and own_vae else None
         self.zeros_for_no_text = pipe.config.get("force_zeros_for_empty_prompt", False)
         network = check_network(pipe.unet, name).to(teacher_device or device, held_in)
@@ -311,6 +327,9 @@ class Model:
 
     def denoiser(self, network):
         return Denoiser(network, self.schedule, self.prediction, self.dtype)
+
+    def own_names(self, weights):
+        return weights
 
     @staticmethod
     def pipeline_class():
@@ -420,6 +439,9 @@ def load_model(path, device="cpu", dtype=torch.float32, vae=None, **options):
         return gmm.Model(str(path), device, dtype)
     with quiet_libraries():
         import diffusers
+        import edm  # which itself needs this module
+        if edm.is_edm(path):
+            return edm.load_model(path, device, dtype, options.get("teacher_device"))
         kind = pipeline_kind(path)
         parts = dict(UNUSED) | ({"vae": None} if vae == "none" else {})
         if kind != "StableDiffusionPipeline":
@@ -483,7 +505,7 @@ def load_vae(path):
 def lpips_loss(model):
     """LPIPS (1801.03924) of the pictures of two batches of latents, the second of which needs no gradient; the target network sees
     them enlarged to 224 pixels at least."""
-    if not getattr(model, "vae", None):
+    if not getattr(model, "decodes", False):
         raise UserError("--regression lpips compares pictures, and there is no decoder for them: use --regression mse")
     try:
         import lpips
@@ -585,7 +607,7 @@ def load_student(path, model):
     if path.is_dir():
         network = unet_from_folder(path, model)
     elif path.is_file():
-        weights = read_weights(path)
+        weights = model.own_names(read_weights(path))
         network = copy.deepcopy(model.origin.network).float()  # a LoRA's part may be smaller than what a shorter dtype rounds off
         (merge_lora if any("lora" in name for name in weights) else load_weights)(network, weights, path, model)
     else:

@@ -37,9 +37,15 @@ class Row:
 
 
 def teacher_row(model, steps, guidance):
+    """EDM's networks have a sampler and levels of their own, as many as steps."""
+    levels = models.edm_schedule(steps).to(model.device) if model.prediction == "edm" else model.schedule
+    teacher = lambda x_t, t, cond: model.teacher(x_t, t, cond, levels)
+
     @torch.no_grad()
     def draw(noise, cond):
-        x0_of = lambda x_t, t: models.guided_x0(model.teacher, x_t, t, cond, model.uncond, guidance)
+        x0_of = lambda x_t, t: models.guided_x0(teacher, x_t, t, cond, model.uncond, guidance)
+        if model.prediction == "edm":
+            return models.heun_sample(x0_of, noise[0], levels)
         return models.deterministic_sample(x0_of, noise[0], model.schedule.timesteps(steps), model.schedule)
 
     return Row(f"teacher, {steps} step{'s' * (steps > 1)}\nguidance {guidance:g}", draw)

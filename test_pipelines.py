@@ -562,13 +562,13 @@ def test_pictures_are_shrunk_and_cut_around_their_centre(tmp_path):
     wide = torch.zeros(20, 60, 3, dtype=torch.uint8)
     wide[:, 20:40] = 255
     Image.fromarray(wide.numpy()).save(tmp_path / "wide.png")
-    picture = data.load_picture(tmp_path / "wide.png", 10)
+    picture = data.as_sample(data.load_picture(tmp_path / "wide.png", 10))
     assert picture.shape == (3, 10, 10) and picture.min() > 0.5  # the middle third is all that is left, rings of the filter apart
     rotated = Image.fromarray(wide.permute(1, 0, 2).contiguous().numpy())
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter before it is looked at
     rotated.save(tmp_path / "tall.jpg", exif=exif)
-    assert data.load_picture(tmp_path / "tall.jpg", 10).min() > 0.5
+    assert data.as_sample(data.load_picture(tmp_path / "tall.jpg", 10)).min() > 0.5
 
 
 def test_latents_of_a_folder_are_made_once_and_go_on_where_they_stopped(folders, pictures, tmp_path, monkeypatch):
@@ -578,7 +578,7 @@ def test_latents_of_a_folder_are_made_once_and_go_on_where_they_stopped(folders,
     data.make_latents(tmp_path / "latents", config)
     latents = data.real_data(model, tmp_path / "latents")
     x, prompts = latents.read(range(6))
-    expected = torch.stack([data.load_picture(pictures / f"{i}.png", 16) for i in range(6)])
+    expected = torch.stack([data.as_sample(data.load_picture(pictures / f"{i}.png", 16)) for i in range(6)])
     torch.testing.assert_close(x, model.latents(expected), rtol=2e-3, atol=2e-3)
     posterior = model.vae.encode(expected).latent_dist.mean * 0.13025
     torch.testing.assert_close(x, posterior, rtol=2e-3, atol=2e-3)

@@ -204,6 +204,8 @@ class Sources:
 def open_sources(model, args):
     prompts = data.training_prompts(args.prompts, model)
     real = data.real_data(model, args.real) if args.gan_weight > 0 or args.student_input == "data" else None
+    if real is not None:
+        data.check_labels(model, real)
     return Sources(prompts, real, data.Pairs(args.pairs, model, args.guidance) if args.regression_weight > 0 else None)
 
 
@@ -227,7 +229,7 @@ class Networks:
         fake_score = fake_score or make(fake_rank)
         head = models.gan_head(self.student, self.uncond, model.sample_shape, args.seed).requires_grad_(True) if args.gan_weight > 0 else None
         self.fake_score = place(models.FakeScore(fake_score, head))
-        self.teacher = place(model.teacher.to(model.dtype))
+        self.teacher = place(model.teacher.to(model.frozen_dtype))
         if args.activation_checkpointing:
             for denoiser in (self.student, self.fake_score.denoiser):
                 models.checkpoint_activations(denoiser)
@@ -519,12 +521,12 @@ class Gallery:
         row = sample.teacher_row(networks.model, min(50, len(networks.schedule)), args.guidance)
         self.x_teacher = sample.draw_in_batches(row, self.noise, self.cond, networks.at_once)
         self.decode = lambda x: networks.model.decode(x, networks.at_once)
-        self.teacher = (row.label, self.decode(self.x_teacher)) if networks.model.vae and fsdp.first() else None
+        self.teacher = (row.label, self.decode(self.x_teacher)) if networks.model.decodes and fsdp.first() else None
 
     def draw(self, iteration):
         """The picture's path; None without a decoder."""
         networks = self.networks
-        if not networks.model.vae:
+        if not networks.model.decodes:
             return None
         row = sample.student_row(networks.averaged_student, networks.timesteps)
         x = sample.draw_in_batches(row, self.noise, self.cond, networks.at_once)
