@@ -114,6 +114,8 @@ def main():
     if out.suffix not in ("", ".safetensors"):
         raise UserError(f"--out {out} should end in .safetensors, or be a folder without an ending")
     model = models.load_model(args.model or sample.run_configuration(args.student).get("model") or data.EMOJI_TEACHER, vae="none")
+    if out.suffix and not hasattr(model, "pipeline_class"):
+        raise UserError(f"--out {out}: only students of Stable Diffusion go into one file; name a folder")
     with models.quiet_libraries():
         unet = models.load_student(args.student, model).network.to(getattr(torch, args.dtype))
         if out.suffix == ".safetensors":

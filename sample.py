@@ -245,6 +245,8 @@ def main():
         raise UserError(f"--out {args.out} should end in .png, .jpg or .webp")
     model, student, guidance = load_teacher_and_student(args)
     if args.vae_slicing:
+        if not getattr(model, "vae", None):
+            raise UserError(f"--vae-slicing: {model.name} has no decoder")
         model.vae.enable_slicing()
     prompts = chosen or getattr(model, "sample_prompts", PROMPTS)
     cond = model.encode(prompts)

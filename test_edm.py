@@ -240,6 +240,15 @@ def test_every_recipe_trains_and_its_student_draws(classes, tmp_path, recipe):
     assert UNet2DModel.from_pretrained(tmp_path / "run" / "student").config.num_class_embeds == 11
 
 
+def test_what_only_stable_diffusion_has_is_refused(tmp_path, capsys):
+    folder = tmp_path / "unet"
+    models.load_model(TINY).origin.network.save_pretrained(folder)
+    assert run("export.py", "--model", TINY, "--student", folder, "--out", tmp_path / "student.safetensors") == 2 and "name a folder" in capsys.readouterr().err
+    assert run("export.py", "--model", TINY, "--student", folder, "--out", tmp_path / "copy") == 0
+    assert run("sample.py", "--model", TINY, "--student", folder, "--vae-slicing") == 2 and "has no decoder" in capsys.readouterr().err
+    assert run("train.py", *SMALL, "--lora", 4, "--gan-weight", 0, "--out", tmp_path / "run") == 2 and "--lora needs a UNet" in capsys.readouterr().err
+
+
 def test_a_run_resumes_bit_for_bit(classes, tmp_path):
     flags = [*SMALL, "--guidance", 1, "--student-steps", 1, "--real", classes]
     assert run("train.py", *flags, "--out", tmp_path / "whole") == 0
