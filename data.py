@@ -42,6 +42,11 @@ from errors import UserError
 ASSETS = Path(__file__).resolve().parent / "assets"
 EMOJI_CAPTIONS = ASSETS / "emoji_captions.txt"
 EMOJI_TEACHER = ASSETS / "emoji_teacher"
+CLASS_TEACHER = ASSETS / "emoji_classes"
+EMBEDDED = {"emoji": EMOJI_TEACHER, "emoji-classes": CLASS_TEACHER}  # names for --model
+# What the class-conditional teacher knows: a picture's class is the first of these words that its caption has.
+EMOJI_CLASSES = ("clock", "moon", "heart", "hand", "arrow", "letter", "chess", "cat", "person", "face")
+CLASS_WIDTH = 0.5  # of its pictures' shifts and scales, see shift_and_scale
 EMOJI_CODE_POINTS = (range(0x203C, 0x3300), range(0x1F000, 0x1FB00))
 UNASSIGNED = chr(0x1FAFF)  # draws the font's "missing glyph" picture
 
@@ -96,6 +101,12 @@ def emoji_captions():
     """[(character, caption), ...] of the embedded set, in code point order."""
     rows = [line.split(maxsplit=1) for line in EMOJI_CAPTIONS.read_text(encoding="utf-8").splitlines()]
     return [(chr(int(code, 16)), caption) for code, caption in rows]
+
+
+def emoji_classes():
+    """[[index into emoji_captions(), ...] of each class]"""
+    first = [next((word for word in EMOJI_CLASSES if word in caption.split()), None) for _, caption in emoji_captions()]
+    return [[i for i, word in enumerate(first) if word == name] for name in EMOJI_CLASSES]
 
 
 LONGEST = 32  # words of a caption
@@ -180,9 +191,8 @@ def real_data(model, path=None):
         if path:
             raise UserError(f"--real {path}: {model.name} has real data of its own")
         return model.real_data()
-    if path is None and model.name == str(EMOJI_TEACHER):
-        need_encoder(model)
-        return EmojiData(model)
+    if path is None and model.decodes and (embedded := embedded_data(model)):
+        return embedded
     if path is None:
         raise UserError(f"--gan-weight and --student-input data need real data, of which there is none for {model.name}: name some with --real, or use "
                         "--gan-weight 0 and --student-input backward")
@@ -211,23 +221,41 @@ def need_encoder(model):
 
 
 class EmojiData:
-    """The embedded set as its teacher learnt it: at random places and sizes, some captions without all their words. Each picture
-    has four views, whose latents are computed when they are first drawn and then kept: the encoder is what costs time."""
+    """Pictures of the embedded set as their teacher learnt them: at random places and sizes. Each has some views, whose latents are
+    computed when they are first drawn and then kept: the encoder is what costs time."""
 
-    def __init__(self, model, views=4):
-        self.model, self.pictures, self.views = model, emoji_pictures(128), views
-        self.captions = [caption for _, caption in emoji_captions()]
-        self.count = len(self.captions) * views
-        self.known = torch.zeros(self.count, dtype=torch.bool)
+    def __init__(self, model, groups, prompts, views, width=1.0):
+        """groups: lists of indices, one of which is drawn first, each as often. prompts(indices, draws) -> what says what they are."""
+        self.model, self.pictures, self.groups, self.prompts, self.views, self.width = model, emoji_pictures(2 * model.picture_size), groups, prompts, views, width
+        self.count = sum(map(len, groups)) * views
+        self.known = torch.zeros(len(self.pictures) * views, dtype=torch.bool)
         self.x = torch.zeros(len(self.known), *model.sample_shape, device=model.device)
 
+    def view(self, u):
+        """One view's index from a number in [0, 1)."""
+        group = self.groups[int(u * len(self.groups))]
+        place = int(u * len(self.groups) % 1 * len(group) * self.views)
+        return group[place // self.views] * self.views + place % self.views
+
     def draw(self, draws):
-        view = (draws.uniform() * len(self.known)).long()
+        view = torch.tensor([self.view(u) for u in draws.uniform().tolist()])
         for i in view[~self.known[view]].tolist():  # one at a time: rounding then does not depend on what else is new
-            moved = shift_and_scale(self.pictures[i // self.views, None], torch.Generator().manual_seed(mix_seed(i, 0)))
+            moved = shift_and_scale(self.pictures[i // self.views, None], torch.Generator().manual_seed(mix_seed(i, 0)), self.width)
             self.x[i], self.known[i] = self.model.latents(moved)[0], True
-        prompts = [drop_words(self.captions[i // self.views], u, empty=0.0) for i, u in zip(view.tolist(), draws.uniform(2 + LONGEST).tolist())]
-        return self.x[view], prompts                                                               # (B, C, h, w), B prompts
+        return self.x[view], self.prompts((view // self.views).tolist(), draws)                    # (B, C, h, w), B prompts
+
+
+def embedded_data(model):
+    """What the embedded teachers learnt; None for another model."""
+    if Path(model.name).resolve() == EMOJI_TEACHER:
+        captions = [caption for _, caption in emoji_captions()]
+        vary = lambda index, draws: [drop_words(captions[i], u, empty=0.0) for i, u in zip(index, draws.uniform(2 + LONGEST).tolist())]
+        return EmojiData(model, [range(len(captions))], vary, views=4)
+    if Path(model.name).resolve() == CLASS_TEACHER:
+        classes = emoji_classes()
+        label = {i: str(number) for number, group in enumerate(classes) for i in group}
+        return EmojiData(model, classes, lambda index, draws: [label[i] for i in index], views=16, width=CLASS_WIDTH)
+    return None
 
 
 class Lmdb:
@@ -312,8 +340,6 @@ def list_pictures(folder, labels=False):
         found = [(file, file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip() if file.with_suffix(".txt").is_file() else None) for file in files]
     if not found:
         raise UserError(f"there are no pictures in {folder}")
-    if all(caption is None for _, caption in found):
-        raise UserError(f"none of the {len(found)} pictures in {folder} has a caption: they stand in metadata.jsonl (file_name, text) or in a .txt beside each picture")
     return sorted(found, key=lambda entry: str(entry[0]))
 
 
@@ -348,29 +374,54 @@ def crop_as_stable_diffusion(picture, size):
 
 def load_picture(file, size, crop=crop_as_stable_diffusion):
     """uint8, (3, size, size)"""
+    return torch.from_numpy(np.asarray(crop(open_picture(file), size)).copy()).permute(2, 0, 1)
+
+
+def open_picture(file):
+    """PIL, RGB, upright. PIL has many errors for a damaged file."""
     from PIL import Image, ImageOps
     with Image.open(file) as picture:
-        picture = crop(ImageOps.exif_transpose(picture).convert("RGB"), size)
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
+        return ImageOps.exif_transpose(picture).convert("RGB")
 
 
-class PictureReader:
-    """Reads pictures of a folder and counts those that cannot be used; too many stop the run."""
+class PictureFiles:
+    """Pictures of a folder, or of EDM's .zip, as they lie there."""
+
+    def __init__(self, folder, labels=False):
+        self.folder, self.entries = folder, list_pictures(folder, labels)
+        self.archive = zipfile.ZipFile(folder) if Path(folder).suffix == ".zip" else None
+
+    def file(self, i):
+        """What PIL can open."""
+        file = self.entries[i][0]
+        return io.BytesIO(self.archive.read(file)) if self.archive else file
+
+    def size(self, i):
+        """Bytes of the file; 0 where there is none."""
+        file = self.entries[i][0]
+        if self.archive:
+            return self.archive.getinfo(file).file_size if file in self.archive.NameToInfo else 0
+        return file.stat().st_size if file.is_file() else 0
+
+
+class PictureReader(PictureFiles):
+    """Reads pictures with captions at one size and counts those that cannot be used; too many stop the run."""
 
     def __init__(self, folder, size, bad_share=BAD_SHARE, labels=False):
-        self.entries, self.size, self.folder = list_pictures(folder, labels), size, folder
-        self.crop = crop_as_adm if labels else crop_as_stable_diffusion
-        self.archive = zipfile.ZipFile(folder) if Path(folder).suffix == ".zip" else None
+        super().__init__(folder, labels)
+        if all(caption is None for _, caption in self.entries):
+            raise UserError(f"none of the {len(self.entries)} pictures in {folder} has a caption: they stand in metadata.jsonl (file_name, text) or in a .txt beside each picture")
+        self.resolution, self.crop = size, crop_as_adm if labels else crop_as_stable_diffusion
         self.allowed, self.bad = bad_share * len(self.entries), {}
 
     def read(self, i):
-        """(picture, caption), or None for a bad one. Pictures are uint8."""
+        """(picture, caption), or None for a bad one. Pictures are uint8, (3, size, size)."""
         file, caption = self.entries[i]
         try:
             if caption is None:
                 raise ValueError("it has no caption")
-            return load_picture(io.BytesIO(self.archive.read(file)) if self.archive else file, self.size, self.crop), caption
-        except Exception as error:  # PIL has many for a damaged file
+            return load_picture(self.file(i), self.resolution, self.crop), caption
+        except Exception as error:
             self.bad[str(file)] = str(error) or type(error).__name__
             if len(self.bad) > self.allowed:
                 raise UserError(f"{len(self.bad)} of the {len(self.entries)} pictures in {self.folder} cannot be used, more than the share that is allowed: "
@@ -439,7 +490,7 @@ class Shards:
 
     def problem(self, file):
         try:
-            tensors, _ = read_shard(file, self.names)
+            tensors, _, _ = read_shard(file, self.names)
         except UserError as error:
             return str(error)
         wrong = next((tuple(tensor.shape[1:]) for tensor in tensors.values() if tensor.shape[1:] != self.model.sample_shape), None)
@@ -490,17 +541,17 @@ def write_shard(file, tensors, prompts, left_out):
     checkpoint.replace_file(file, lambda path: save_file(tensors, path, metadata={"about": json.dumps(about)}))
 
 
-def read_shard(file, names):
-    """{name: tensor}, list of str"""
+def read_shard(file, names=None):
+    """{name: tensor} of these names or of all, list of str, {file that was left out: why}"""
     try:
         with safe_open(file, "pt") as archive:
-            tensors, about = {name: archive.get_tensor(name) for name in names}, about_shard(archive)
-        prompts, good = about["prompts"], about["sha256"] == shard_digest(tensors, about["prompts"])
+            tensors, about = {name: archive.get_tensor(name) for name in names or archive.keys()}, about_shard(archive)
+        good = about["sha256"] == shard_digest(tensors, about["prompts"])
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{file} is damaged or holds no {' and '.join(names)}: {type(error).__name__}") from None
-    if not good or any(len(tensor) != len(prompts) for tensor in tensors.values()):
+        raise UserError(f"{file} is damaged or holds no {' and '.join(names or ['tensors'])}: {type(error).__name__}") from None
+    if not good or any(len(tensor) != len(about["prompts"]) for tensor in tensors.values()):
         raise UserError(f"{file} is damaged: it is not what was written")
-    return tensors, prompts
+    return tensors, about["prompts"], about["left_out"]
 
 
 def make_shards(out, config, names, make):

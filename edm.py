@@ -9,6 +9,7 @@ preconditioning (models.x0_from_output), its condition a class label.
 """
 
 import collections
+import difflib
 import io
 import pickle
 import re
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel as DiffusersUNet
 
+import data
 import errors
 import models
 from errors import UserError
@@ -122,21 +124,30 @@ INSIDE = {"norm0": "norm1", "conv0": "conv1", "affine": "time_emb_proj", "norm1"
 ATTENTION = {"norm2": "group_norm", "proj": "to_out.0"}
 
 
-def architecture(tensors):
-    """UNet2DModel's options, read off the weights."""
-    sizes = sorted({int(match[1]) for name in tensors if (match := re.match(r"enc\.(\d+)x\1_", name))}, reverse=True)
-    per_level = [sorted({int(match[1]) for name in tensors if (match := re.match(rf"enc\.{size}x{size}_block(\d+)\.", name))}) for size in sizes]
-    channels = [tensors[f"enc.{size}x{size}_block{blocks[-1]}.conv1.weight"].shape[0] for size, blocks in zip(sizes, per_level)]
-    attends = [f"enc.{size}x{size}_block0.qkv.weight" in tensors for size in sizes]
-    labels = tensors["map_label.weight"].shape[1] if "map_label.weight" in tensors else 0
-    return dict(sample_size=sizes[0], in_channels=tensors[f"enc.{sizes[0]}x{sizes[0]}_conv.weight"].shape[1], out_channels=tensors["out_conv.weight"].shape[0],
-                center_input_sample=False, time_embedding_type="positional", freq_shift=0, flip_sin_to_cos=True,
-                time_embedding_dim=tensors["map_layer0.weight"].shape[0], block_out_channels=tuple(channels), layers_per_block=len(per_level[0]),
+def unet_options(size, channels, layers, attends, labels, embedding=None, in_channels=3):
+    """UNet2DModel's options for EDM's ADM architecture: channels of each level, residual blocks a level, at which levels there is attention; a
+    row of the table of labels more, for no label."""
+    return dict(sample_size=size, in_channels=in_channels, out_channels=in_channels, center_input_sample=False, time_embedding_type="positional", freq_shift=0,
+                flip_sin_to_cos=True, time_embedding_dim=embedding or 4 * channels[0], block_out_channels=tuple(channels), layers_per_block=layers,
                 down_block_types=tuple("AttnDownBlock2D" if attention else "ResnetDownsampleBlock2D" for attention in attends),
                 up_block_types=tuple("AttnUpBlock2D" if attention else "ResnetUpsampleBlock2D" for attention in reversed(attends)),
                 mid_block_type="UNetMidBlock2D", add_attention=True, mid_block_scale_factor=1, downsample_type="resnet", upsample_type="resnet",
                 resnet_time_scale_shift="scale_shift", attention_head_dim=64, norm_num_groups=min(32, channels[0] // 4), attn_norm_num_groups=min(32, channels[-1] // 4),
                 norm_eps=1e-5, act_fn="silu", class_embed_type=None, num_class_embeds=labels + 1, dropout=0.0)
+
+
+IMAGENET64 = dict(size=64, channels=(192, 384, 576, 768), layers=3, attends=(False, True, True, True), labels=1000)  # edm-imagenet-64x64-cond-adm
+
+
+def architecture(tensors):
+    """unet_options, read off EDM's weights."""
+    sizes = sorted({int(match[1]) for name in tensors if (match := re.match(r"enc\.(\d+)x\1_", name))}, reverse=True)
+    per_level = [sorted({int(match[1]) for name in tensors if (match := re.match(rf"enc\.{size}x{size}_block(\d+)\.", name))}) for size in sizes]
+    channels = [tensors[f"enc.{size}x{size}_block{blocks[-1]}.conv1.weight"].shape[0] for size, blocks in zip(sizes, per_level)]
+    attends = [f"enc.{size}x{size}_block0.qkv.weight" in tensors for size in sizes]
+    labels = tensors["map_label.weight"].shape[1] if "map_label.weight" in tensors else 0
+    return unet_options(sizes[0], channels, len(per_level[0]), attends, labels, tensors["map_layer0.weight"].shape[0],
+                        tensors[f"enc.{sizes[0]}x{sizes[0]}_conv.weight"].shape[1])
 
 
 def diffusers_weights(tensors, sizes):
@@ -217,11 +228,12 @@ def as_edm(network):
 # ---------------------------------------------------------------------------------------------------- the model
 
 class Model:
-    """What the rest of the code uses of models.Model. A prompt is a class label as text; without one, the last row of the network's table
-    of labels, which is zero. Pictures are their own latents."""
+    """What the rest of the code uses of models.Model. A prompt is a class, by its number or its name; without one, the last row of the network's
+    table of labels, which is zero. Pictures are their own latents."""
 
     network_class = UNet2DModel
     encoder_print, decodes = None, True
+    default_guidance = 1.0
 
     def __init__(self, name, network, device="cpu", dtype=torch.float32, teacher_device=None):
         self.name, self.device, self.dtype, self.frozen_dtype = name, torch.device(device), dtype, torch.float32
@@ -231,6 +243,7 @@ class Model:
         self.origin = self.teacher
         self.labels, self.picture_size = network.config.num_class_embeds - 1, network.config.sample_size
         self.sample_shape = (network.config.in_channels, self.picture_size, self.picture_size)
+        self.names = label_names(name, self.labels)
         self.prompts = [str(label) for label in range(self.labels)]
         self.sample_prompts = self.prompts[::max(1, self.labels // 8)][:8]
 
@@ -238,12 +251,19 @@ class Model:
         return models.Denoiser(as_edm(network), self.schedule, self.prediction, self.dtype)
 
     def encode(self, prompts):
-        """Labels as text, "" for none -> cond."""
-        known = {"": self.labels} | {str(label): label for label in range(self.labels)}
+        """Classes by number or by name, "" for none -> cond."""
+        known = {name.lower(): label for label, name in reversed(list(enumerate(self.names)))}  # of two classes with one name the first
+        known |= {"": self.labels} | {str(label): label for label in range(self.labels)}
         for prompt in prompts:
-            if prompt not in known:
-                raise UserError(f"{prompt!r} is no prompt of {self.name}: its prompts are the labels 0 to {self.labels - 1}")
-        return {"class_labels": torch.tensor([known[prompt] for prompt in prompts], device=self.device)}
+            if prompt.strip().lower() not in known:
+                close = difflib.get_close_matches(prompt.lower(), known, 1)
+                raise UserError(f"{prompt!r} is no prompt of {self.name}: its prompts are the labels 0 to {self.labels - 1}"
+                                + (f", or their names, such as {self.names[0]!r}" if self.names else "") + (f". Did you mean {close[0]!r}?" if close and not prompt.isdecimal() else ""))
+        return {"class_labels": torch.tensor([known[prompt.strip().lower()] for prompt in prompts], device=self.device)}
+
+    def caption(self, prompt):
+        """What a picture's column is called."""
+        return f"{prompt} {self.names[int(prompt)]}" if self.names and prompt.isdecimal() else prompt
 
     @property
     def uncond(self):
@@ -266,6 +286,19 @@ class Model:
             return weights
         size = self.picture_size
         return diffusers_weights(weights, [size // 2 ** k for k in range(len(self.origin.network.config.block_out_channels))])
+
+
+def label_names(path, labels):
+    """Of labels.txt in the model's folder, a name a line; of 1,000 labels without one, ImageNet's."""
+    file = Path(path) / "labels.txt"
+    if not file.is_file():
+        if labels != 1000:
+            return []
+        file = data.ASSETS / "imagenet_labels.txt"
+    names = file.read_text(encoding="utf-8").split("\n")[:-1]
+    if len(names) != labels:
+        raise UserError(f"{file} has {len(names)} names for {labels} labels")
+    return names
 
 
 def with_no_label(network):

@@ -1,222 +1,682 @@
-"""Numbers for students and their teacher: alignment, coverage, a Frechet distance, saturation.
+"""Numbers for students, their teacher, and folders of pictures.
 
-    python eval.py                                   # the student of `python train.py`, a few minutes on two CPU cores
-    python eval.py --student runs/mine --samples 1000 --out mine.json
+    python eval.py                                   # the student of `python train.py` beside its teacher, minutes on two CPU cores
+    python eval.py --compare runs/a runs/b runs/c    # several students and their teacher, from the same noise
     python eval.py --teacher-only --guidance 5       # a teacher at another guidance scale
+    python eval.py --pictures FOLDER --reference FOLDER --inception FILE       # pictures that lie on disk
+    python eval.py --protocol imagenet64-50k --student runs/imagenet --inception FILE --reference imagenet-64x64.npz
+    python eval.py --protocol coco30k-256 --write-reference coco.npz --reference val2014 --inception FILE       # once, then --reference coco.npz
+    python eval.py --watch runs/mine                 # each new checkpoint of a run as it appears, and a curve
+    torchrun --standalone --nproc_per_node=8 eval.py ...       # shared out; the numbers are those of one process
 
-The pictures of the embedded data set are the judge, so no network has to be trusted or downloaded:
+--out holds metrics.json, table.txt and parts/: what each picture was judged to be, by which an interrupted evaluation goes on where it was, and
+a later one does not draw the same pictures again. Delete parts/ when you are done: 50,000 pictures make 0.8 GB.
 
-  alignment  share of samples, one for each of --samples full captions, whose nearest picture in the set carries all words of
-             the prompt. Both are cut to the square around their ink and compared by mean colour and edge strength in 8x8 cells,
-             so place and size do not count, and a blur is not taken for the picture that it is a blur of.
-  coverage   distinct right emojis among 32 samples of a one-word prompt, as a share of those that exist; mean of the words
-             cat, heart and moon, three times 32 samples each.
-  frechet    Frechet distance between Gaussians fitted to samples and to the set, on 80 features, mean colour and edge
-             strength in each of 4x4 cells, in units of 1/10 of the grey range. Few samples raise it; the last row, real
-             pictures at random places and sizes, shows what is left for a perfect model.
-  mean, deviation   of the picture's values in [0, 1], averaged over pictures: over-saturation shows as a rising deviation.
+What is measured depends on the model, or on --protocol; each row of the table is measured alike:
+
+  alignment    (embedded set) share of samples whose nearest picture in the set is right: it carries all words of the prompt, or is of the
+               class. Both are cut to the square around their ink and compared by mean colour and edge strength in 8x8 cells.
+  coverage     (embedded set) distinct right pictures among 32 samples of a prompt, as a share of those that exist; mean over the words cat,
+               heart and moon, or over the classes, three times 32 samples each.
+  frechet      (embedded set) Frechet distance between Gaussians fitted to samples and to the set, on 80 features, mean colour and edge strength in
+               each of 4x4 cells. Few samples raise it; the last row, real pictures, shows what is left for a perfect model.
+  fid, patch fid    the same of 2,048 Inception features, against --reference. 1706.08500
+  kid, is, precision, recall    kernel distance (1801.01401), Inception score (1606.03498), and shares of samples among the reference's and the reverse
+               (1904.06991, 3 neighbours), by torch-fidelity: with --inception; without it the latter two on the embedded set's 80 features.
+  clip, pickscore, image reward    of each picture with its prompt: --clip, --pickscore, --image-reward.
+  mean, deviation, saturation   of a picture's values in [0, 1], averaged: over-saturation shows as a rising deviation.
+  diversity    root mean square distance between thumbnails of the same prompt, averaged over prompts that have several samples.
 
 A run on gmm.py's plane gets that file's figures instead, from four times 4096 samples; `measure` there says what they are.
 
-Every number has a standard error: over samples for alignment, mean and deviation, over 20 bootstrap draws of the samples for the
-Frechet distance, over the three repetitions for coverage.
++- is a standard error: over samples where a figure is a mean, over 20 bootstrap draws of the samples for Frechet distances, over its 100 subsets and 10 splits for
+kid and is, over repetitions for coverage, over prompts for diversity. The second table has differences to the teacher with 95 % intervals; where both rows were drawn from the same
+noise, sample by sample, the interval is of the paired differences.
 """
 
+import dataclasses
+import functools
+import hashlib
 import json
 import math
+import platform
+import re
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
+import checkpoint
 import data
 import errors
-import checkpoint
+import fsdp
+import judges
+import models
 import sample
+from errors import UserError
 
 COVERAGE_WORDS = ("cat", "heart", "moon")
 COVERAGE_SAMPLES, COVERAGE_REPEATS = 32, 3
-BATCH = 50
-EDGE_WEIGHT = 4.0  # edges are weaker than colours; times 4 both count alike
+DRAWS = 20  # of a bootstrap
 
 
-# ---------------------------------------------------------------------------------------------------- the judge
+# ---------------------------------------------------------------------------------------------------- figures
 
-def centred(pictures, size=32):
-    """(N, 3, H, W) in [0, 1] -> (N, 3, size, size): the square around the ink, so that where and how large it is does not
-    count. The square spans all but the outer 1 % of the ink on each side, lest a speck decide."""
-    ink = (pictures.amin(1) < 0.7).float()
-    bounds = []
-    for along in (2, 1):  # what is left is y first, x then
-        mass = ink.sum(along).cumsum(1)
-        low = (mass < 0.01 * mass[:, -1:]).sum(1)
-        high = (mass < 0.99 * mass[:, -1:]).sum(1) + 1
-        bounds.append((low, torch.maximum(high, low + 1)))
-    (top, bottom), (left, right) = bounds
-    side = torch.maximum(bottom - top, right - left).clamp(max=pictures.shape[-1])
-    theta = torch.zeros(len(pictures), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = side / pictures.shape[-1]
-    theta[:, 0, 2] = (left + right) / pictures.shape[-1] - 1
-    theta[:, 1, 2] = (top + bottom) / pictures.shape[-2] - 1
-    grid = F.affine_grid(theta, (len(pictures), 3, size, size), align_corners=False)
-    return 1 - F.grid_sample(1 - pictures, grid, align_corners=False)
+@dataclass
+class Figure:
+    """A number with its standard error. values: what it is the mean of, sample by sample; draws: what it is on bootstrap draws. Of two rows that were
+    drawn from the same noise these tell the error of the difference."""
+    value: float
+    error: float
+    values: torch.Tensor | None = None
+    draws: torch.Tensor | None = None
 
-
-def cell_features(pictures, cells):
-    """(N, 3, H, W) in [0, 1] -> (N, 5 cells^2): mean colour, and mean strength of edges either way, in cells x cells squares."""
-    right = F.pad(pictures, (0, 1, 0, 0), mode="replicate").diff(dim=3).abs().mean(1, keepdim=True)
-    below = F.pad(pictures, (0, 0, 0, 1), mode="replicate").diff(dim=2).abs().mean(1, keepdim=True)
-    return F.adaptive_avg_pool2d(torch.cat([pictures, EDGE_WEIGHT * right, EDGE_WEIGHT * below], 1), cells).flatten(1)
+    def minus(self, other):
+        """(difference, its standard error)"""
+        alike = lambda a, b: a is not None and b is not None and len(a) == len(b)
+        if alike(self.values, other.values):
+            return mean_figure(self.values - other.values).value, mean_figure(self.values - other.values).error
+        if alike(self.draws, other.draws):
+            return self.value - other.value, (self.draws - other.draws).std().item()
+        return self.value - other.value, math.hypot(self.error, other.error)
 
 
-def layout(pictures):
-    """The features of the Frechet distance, (N, 3, H, W) -> (N, 80)."""
-    return 10 * cell_features(pictures, 4)
+def mean_figure(values):
+    values = torch.as_tensor(values, dtype=torch.float64)
+    return Figure(values.mean().item(), (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan, values=values)
+
+
+@dataclass
+class Gaussian:
+    """Mean (D,) and covariance (D, D), float64. factor (N, D), with covariance = factor^T factor, where fewer samples than dimensions gave it."""
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    factor: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, features):
+        features = features.double()
+        factor = (features - features.mean(0)) / math.sqrt(len(features) - 1)
+        return cls(features.mean(0), factor.T @ factor, factor if len(factor) < features.shape[1] else None)
+
+    @functools.cached_property
+    def root(self):
+        """The symmetric root of the covariance."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def frechet_distance(a, b):
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) for features (N, D), (M, D).    1706.08500, equation 6
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two Gaussians.    1706.08500, equation 6
 
-    The trace of the root is taken as that of the symmetric (C_a^(1/2) C_b C_a^(1/2))^(1/2), which has the same eigenvalues.
+    (C_a C_b)^(1/2) has the trace of (R_b C_a R_b)^(1/2), symmetric, R_b being C_b's root. Where C_a = F_a^T F_a that is the trace of (F_a C_b F_a^T)^(1/2), a smaller
+    matrix, and where both have factors the sum of the singular values of F_a F_b^T.
     """
-    a, b = a.double(), b.double()
-    covariance_a, covariance_b = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(covariance_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross).item()
+    if a.factor is None and b.factor is not None:
+        a, b = b, a
+    if a.factor is not None and b.factor is not None:
+        cross = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
+    else:
+        inner = b.root @ a.covariance @ b.root if a.factor is None else a.factor @ b.covariance @ a.factor.T
+        cross = torch.linalg.eigvalsh(inner).clamp(min=0).sqrt().sum()
+    return ((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross).item()
 
 
-class Judge:
-    """The embedded set as a yardstick."""
-
-    def __init__(self):
-        self.captions = [caption for _, caption in data.emoji_captions()]
-        self.words = [set(caption.split()) for caption in self.captions]
-        self.pictures = data.emoji_pictures(128)                                       # (1453, 3, 128, 128)
-        self.appearance = cell_features(centred(F.avg_pool2d(self.pictures.float() / 255, 2)), 8)
-        self.layout = layout(self.moved(range(len(self.captions)), seed=0))
-
-    def moved(self, index, seed):
-        """Real pictures as the teacher learnt them, at random places and sizes: (N, 3, 64, 64) in [0, 1]."""
-        return (data.shift_and_scale(self.pictures[list(index)], torch.Generator().manual_seed(seed)) + 1) / 2
-
-    def nearest(self, pictures):
-        """Index of the nearest picture of the set, for each."""
-        return torch.cdist(cell_features(centred(pictures), 8), self.appearance).argmin(1).tolist()
-
-    def right(self, pictures, prompts):
-        """For each picture the index of its nearest in the set where that carries the prompt's words, else None."""
-        return [i if set(prompt.split()) <= self.words[i] else None for i, prompt in zip(self.nearest(pictures), prompts)]
-
-    def existing(self, word):
-        return sum(word in words for words in self.words)
-
-
-def with_error(values):
-    """Mean and standard error of (N,) values."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else float("nan")
-
-
-def measure(judge, pictures, prompts, coverage_pictures, seed):
-    """All numbers of one row, {name: (value, standard error)}. coverage_pictures: {word: [(32, 3, 64, 64), ...]} or None."""
-    features = layout(pictures)
+def frechet_figure(features, reference, seed):
     generator = torch.Generator().manual_seed(seed)
-    draws = [frechet_distance(features[torch.randint(len(features), (len(features),), generator=generator)], judge.layout)
-             for _ in range(20)]
-    figures = {"alignment": with_error([index is not None for index in judge.right(pictures, prompts)])}
-    if coverage_pictures:
-        shares = [[len(set(judge.right(part, [word] * len(part))) - {None}) / judge.existing(word) for part in parts]
-                  for word, parts in coverage_pictures.items()]
-        figures["coverage"] = with_error([sum(repeat) / len(repeat) for repeat in zip(*shares)])
-    figures["frechet"] = frechet_distance(features, judge.layout), torch.tensor(draws).std().item()
-    figures["mean"] = with_error(pictures.mean((1, 2, 3)))
-    figures["deviation"] = with_error(pictures.flatten(1).std(dim=1))
+    draws = [frechet_distance(Gaussian.of(features[torch.randint(len(features), (len(features),), generator=generator)]), reference) for _ in range(DRAWS)]
+    draws = torch.tensor(draws, dtype=torch.float64)
+    return Figure(frechet_distance(Gaussian.of(features), reference), draws.std().item(), draws=draws)
+
+
+def library_figures(features, logits, reference):
+    """What torch-fidelity computes of features (N, D), logits (N, 1008) or None, and the reference's features or None."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import calculate_precision_recall_part
+    figures = {}
+    if reference is not None:
+        subset = min(1000, len(features), len(reference))
+        found = kid_features_to_metric(features, reference, kid_subset_size=subset, verbose=False)
+        figures["kid"] = Figure(found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"] / math.sqrt(100))
+        if min(len(features), len(reference)) > 3:
+            precision, recall = calculate_precision_recall_part(features, reference)
+            error = lambda share, count: math.sqrt(share * (1 - share) / count)
+            figures |= {"precision": Figure(precision, error(precision, len(features))), "recall": Figure(recall, error(recall, len(reference)))}
+    if logits is not None and len(logits) >= 10:
+        found = isc_features_to_metric(logits)
+        figures["is"] = Figure(found["inception_score_mean"], found["inception_score_std"] / math.sqrt(10))
     return figures
 
 
-# ---------------------------------------------------------------------------------------------------- drawing what is judged
+def has_fidelity():
+    try:
+        return judges.import_fidelity("")
+    except UserError:
+        return None
 
-def draw(model, row, prompts, steps, seed, bar):
-    """Pictures (N, 3, H, W) of one row for N prompts, in batches; every row gets the same noise for the same prompt."""
-    noise = sample.column_noise(model, len(prompts), steps, seed)
-    pictures = []
-    for i in range(0, len(prompts), BATCH):
-        pictures.append(model.decode(row.draw(noise[:, i:i + BATCH], model.encode(prompts[i:i + BATCH]))))
-        bar.update(len(pictures[-1]))
-    return torch.cat(pictures)
 
+def places_of(prompts):
+    """{prompt: [where it stands, ...]}"""
+    places = {}
+    for i, prompt in enumerate(prompts):
+        places.setdefault(prompt, []).append(i)
+    return places
+
+
+def coverage_figure(nearest, prompts, judge):
+    """nearest (N,), -1 where it is wrong. The first 3 x 32 samples of each prompt that has so many; fewer where there are fewer."""
+    places = places_of(prompts)
+    each = min(COVERAGE_SAMPLES, *(len(own) // COVERAGE_REPEATS for own in places.values()))
+    if each == 0:
+        return {}
+    share = lambda own, prompt: len(set(nearest[own].tolist()) - {-1}) / len(judge.accepted(prompt))
+    repeats = [[share(own[k * each:(k + 1) * each], prompt) for prompt, own in places.items()] for k in range(COVERAGE_REPEATS)]
+    figure = mean_figure([sum(shares) / len(shares) for shares in repeats])
+    return {"coverage": dataclasses.replace(figure, values=None)}  # three numbers are no pairs
+
+
+def diversity_figure(thumbnails, prompts):
+    """Distances between the first 32 thumbnails of each prompt that has two or more."""
+    several = [thumbnails[own[:32]].flatten(1).float() / 255 for prompt, own in places_of(prompts).items() if prompt and len(own) > 1]
+    if not several:
+        return {}
+    return {"diversity": mean_figure([torch.nn.functional.pdist(x).mean().item() / math.sqrt(x.shape[1]) for x in several])}
+
+
+def figures_of(judged, prompts, count, reference, judge, seed):
+    """{name: Figure} of a row: judged {name: (N, ...)} and its prompts, of which the first `count` are the protocol's and the rest are repeated prompts."""
+    figures, main = {}, {name: values[:count] for name, values in judged.items()}
+    if judge:
+        figures["alignment"] = mean_figure(main["nearest"] >= 0)
+        several = slice(count if len(prompts) > count else 0, None)
+        figures |= coverage_figure(judged["nearest"][several], prompts[several], judge)
+    for name, features in main.items():
+        kind, _, view = name.partition(" ")
+        if kind != "features" or len(features) < 2:
+            continue
+        known, title = reference.get(view, {}), {"layout": "frechet", "whole": "fid"}.get(view, f"{view} fid")
+        if "gaussian" in known:
+            figures[title] = frechet_figure(features, known["gaussian"], seed)
+        if view == ("whole" if "features whole" in main else "layout") and has_fidelity():
+            found = library_figures(features, main.get(f"logits {view}"), known.get("features"))
+            figures |= {title: figure for title, figure in found.items() if view == "whole" or title != "kid"}  # whose kernel is made for Inception's features
+    gauges = ("mean", "deviation", "saturation")
+    scores = [name for name in main if main[name].dim() == 1 and name not in (*gauges, "nearest")]
+    figures |= {name: mean_figure(main[name]) for name in (*scores, *gauges)}
+    return figures | diversity_figure(judged["thumbnail"], prompts)
+
+
+# ---------------------------------------------------------------------------------------------------- what is judged
+
+@dataclass
+class Source:
+    """A row of the table. pictures(start, stop) -> [(index, (3, H, W) in [0, 1]), ...], {file that is bad: why}. prompts: a text for each picture; those
+    beyond the first `counted` are repeated prompts, for coverage and diversity. key: all that decides what the pictures are, a kind first of all."""
+    label: str
+    key: dict
+    prompts: list
+    counted: int
+    pictures: Callable
+
+
+def drawn(setting, row, key):
+    """Samples of a model. Every row gets the same noise for the same place among the prompts."""
+    model, args, prompts = setting.model, setting.args, setting.prompts
+
+    def pictures(start, stop):
+        noise = sample.column_noise(model, stop - start, row.noises, args.seed, first=start)
+        return list(enumerate(model.decode(row.draw(noise, model.encode(prompts[start:stop]))), start)), {}
+
+    key = key | {"row": row.label, "model": model.name, "seed": args.seed, "dtype": args.dtype, "vae": args.vae, "sampler": args.sampler, "first timestep": args.first_timestep}
+    return Source(row.label.replace("\n", ", "), key, prompts, setting.counted, pictures)
+
+
+def on_disk(folder, label=None, most=None):
+    """Pictures of a folder or of EDM's .zip, with captions where there are any. Bad ones are left out and named."""
+    files = data.PictureFiles(folder)
+    entries = files.entries[:most]
+
+    def pictures(start, stop):
+        found, bad = [], {}
+        for i in range(start, stop):
+            try:
+                found.append((i, judges.from_pil(data.open_picture(files.file(i)))))
+            except Exception as error:
+                bad[str(entries[i][0])] = str(error) or type(error).__name__
+        return found, bad
+
+    digest = hashlib.sha256(json.dumps([[str(file), files.size(i)] for i, (file, _) in enumerate(entries)]).encode()).hexdigest()
+    return Source(label or str(folder), {"kind": "folder", "files": digest}, [caption or "" for _, caption in entries], len(entries), pictures)
+
+
+def real_pictures(setting):
+    """What a perfect model of the embedded set would draw."""
+    pictures = setting.judge.real(setting.prompts, setting.args.seed + 1)
+    return Source("real pictures", {"kind": "real", "seed": setting.args.seed}, setting.prompts, setting.counted, lambda start, stop: (list(enumerate(pictures[start:stop], start)), {}))
+
+
+def judge_pictures(source, all_judges, protocol, folder, batch):
+    """Judge a source's pictures part by part, each process its share; what is there already, whole, is kept. Returns the parts' files."""
+    about = {name: value for judge in all_judges for name, value in judge.about.items()} | {"judges": [type(judge).__name__ for judge in all_judges]}
+    key = source.key | about | {"prompts": source.prompts, "views": list(protocol.views), "protocol": protocol.about, "batch": batch}
+    folder = folder / f"{source.key['kind']}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+    fsdp.from_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    starts = range(0, len(source.prompts), batch)
+    files = [folder / f"{number:05d}.safetensors" for number in range(len(starts))]
+    with tqdm(total=len(source.prompts), desc=source.label, unit="picture", disable=not fsdp.first()) as bar:
+        for number in range(fsdp.rank(), len(starts), fsdp.world()):
+            start = starts[number]
+            stop = min(start + batch, len(source.prompts))
+            if not is_whole(files[number]):
+                found, bad = source.pictures(start, stop)
+                texts, judged = [source.prompts[i] for i, _ in found], {"index": torch.tensor([i for i, _ in found], dtype=torch.int64)}
+                views = judges.views_of([picture for _, picture in found], protocol) if found else {}
+                for judge in all_judges if found else ():
+                    judged |= judge(views, texts)
+                data.write_shard(files[number], {name: values.contiguous() for name, values in judged.items()}, texts, bad)
+            bar.update(min((stop - start) * fsdp.world(), bar.total - bar.n))
+    return files
+
+
+def is_whole(file):
+    try:
+        return file.is_file() and bool(data.read_shard(file))
+    except UserError:
+        return False
+
+
+def read_parts(files):
+    """{name: (N, ...)} of all parts, and {file: why} of the pictures that could not be used."""
+    parts, bad = [], {}
+    for file in files:
+        tensors, _, left_out = data.read_shard(file)
+        parts.append(tensors)
+        bad |= left_out
+    full = [part for part in parts if len(part["index"])]
+    if not full:
+        raise UserError(f"none of the {len(bad)} pictures can be used: " + "; ".join(f"{file}: {why}" for file, why in list(bad.items())[:3]))
+    sizes = {tuple(part["thumbnail"].shape[1:]) for part in full if "thumbnail" in part}
+    if len(sizes) > 1:
+        raise UserError(f"the pictures have several sizes (thumbnails of {sorted(sizes)}), and nothing makes them alike: name a --protocol that resizes")
+    return {name: torch.cat([part[name] for part in full]) for name in full[0]}, bad
+
+
+# ---------------------------------------------------------------------------------------------------- references
+
+def reference_of_folder(path, setting, extractor):
+    """{view: {"gaussian", "features"}} of all pictures in a folder, and what is to be said of them."""
+    source = on_disk(path, "reference")
+    files = judge_pictures(source, [extractor], setting.protocol, setting.parts, setting.args.batch_size)
+    fsdp.from_all(None)
+    judged, bad = read_parts(files)
+    setting.check_bad(path, bad, len(source.prompts))
+    found = {name.partition(" ")[2]: values for name, values in judged.items() if name.startswith("features ")}
+    return {view: {"gaussian": Gaussian.of(features), "features": features} for view, features in found.items()}
+
+
+def write_reference(path, setting, extractor):
+    """EDM's .npz, mu and sigma, with features and what they are of besides."""
+    reference = reference_of_folder(setting.args.reference, setting, extractor)
+    arrays = {}
+    for view, known in reference.items():
+        end = "" if view == "whole" else f" {view}"
+        arrays |= {f"mu{end}": known["gaussian"].mean.numpy(), f"sigma{end}": known["gaussian"].covariance.numpy(), f"features{end}": known["features"].numpy()}
+    about = json.dumps(extractor.about | {"protocol": setting.name, "count": len(reference["whole"]["features"])})
+
+    def write(partial):
+        with open(partial, "wb") as file:
+            np.savez(file, about=about, **arrays)
+
+    checkpoint.replace_file(path, write)
+    print(f"reference: {path}, {len(reference['whole']['features'])} pictures")
+
+
+def reference_of_file(path, setting, extractor):
+    """The same of an .npz, EDM's or one that write_reference wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
+        arrays = {name: torch.from_numpy(values) for name, values in arrays.items()}
+        mu, sigma = arrays["mu"], arrays["sigma"]
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"--reference {path} is no .npz with mu and sigma, EDM's format: {models.first_line(error)}") from None
+    if mu.shape != (2048,) or sigma.shape != (2048, 2048):
+        raise UserError(f"--reference {path} is of another feature extractor: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}; Inception's 2,048 features are expected")
+    if not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise UserError(f"--reference {path} has values that are no numbers")
+    present = extractor.about | {"protocol": setting.name}
+    other = [f"{name} was {about[name]}, is {present[name]}" for name in about if name in present and about[name] != present[name]]
+    if other:
+        raise UserError(f"--reference {path} was made in another way: {'; '.join(other)}")
+    reference = {"whole": {"gaussian": Gaussian(mu.double(), sigma.double())} | ({"features": arrays["features"]} if "features" in arrays else {})}
+    if "mu patch" in arrays:
+        reference["patch"] = {"gaussian": Gaussian(arrays["mu patch"].double(), arrays["sigma patch"].double())}
+    return reference
+
+
+# ---------------------------------------------------------------------------------------------------- what is measured, and how
+
+class Setting:
+    """Protocol, judges, reference, prompts: what is the same for all rows."""
+
+    def __init__(self, args, model=None):
+        self.args, self.model, self.warnings, self.bad = args, model, [], {}
+        self.name = args.protocol or default_protocol(model)
+        self.protocol, self.parts = judges.PROTOCOLS[self.name], Path(args.out) / "parts"
+        self.check_model()
+        self.judge = {"emoji": judges.EmojiJudge, "emoji-classes": lambda: judges.EmojiJudge(16, data.emoji_classes())}.get(self.name, lambda: None)()
+        self.prompts, self.counted = self.choose_prompts() if model else ([], 0)
+        self.judges = [judges.Gauges()] + [self.judge] * (self.judge is not None)
+        self.reference, extractor = {}, None
+        if args.inception or args.reference:
+            extractor = judges.Inception(args.inception or inception_in_cache(), self.protocol.resize, args.device)
+            self.judges.append(extractor)
+            if not extractor.published:
+                self.warnings.append("the Inception weights are not the published ones: fid, kid, is, precision and recall compare with nothing")
+        self.judges += [judges.Clip(judges.CLIP_NAMES.get(path.lower(), path), f"clip {Path(path).name if Path(path).is_dir() else path}", args.device) for path in args.clip or ()]
+        self.judges += [judges.PickScore(args.pickscore, "pickscore", args.device)] if args.pickscore else []
+        self.judges += [judges.ImageReward(args.image_reward, args.device)] if args.image_reward else []
+        self.extractor = extractor
+        if self.judge:
+            features = self.judge.reference()
+            self.reference["layout"] = {"gaussian": Gaussian.of(features), "features": features}
+        if args.reference and not args.write_reference:
+            read = reference_of_file if Path(args.reference).suffix == ".npz" else reference_of_folder
+            self.reference |= read(args.reference, self, extractor)
+            seen = self.reference["whole"].get("features")
+            if seen is None:
+                self.warnings.append("the reference holds mu and sigma only: kid, precision and recall need its features (--reference FOLDER, or --write-reference)")
+
+    def check_model(self):
+        size = getattr(self.model, "picture_size", None)
+        if self.protocol.size and size and size != self.protocol.size:
+            raise UserError(f"--protocol {self.name} is of pictures of {self.protocol.size}x{self.protocol.size}; {self.model.name} draws {size}x{size}")
+        if self.model and (self.protocol.prompts == "labels") != hasattr(self.model, "labels") and self.protocol.prompts != "a file":
+            raise UserError(f"--protocol {self.name} is of {self.protocol.prompts}, which {self.model.name} does not take for prompts")
+
+    def choose_prompts(self):
+        """The prompts of all samples, and how many of them are the protocol's."""
+        args, protocol = self.args, self.protocol
+        count, repeated = args.samples or protocol.samples, []
+        if args.prompts or protocol.prompts == "a file":
+            if not args.prompts and not hasattr(self.model, "labels"):
+                raise UserError(f"--protocol {self.name} needs --prompts FILE, a line each or a pickled list. For COCO's: hf download tianweiy/DMD2 captions_coco14_test.pkl (recipes/README.md)")
+            known = data.read_prompts(args.prompts) if args.prompts else self.model.prompts
+            if hasattr(self.model, "labels"):
+                known = [str(label) for label in self.model.encode(known)["class_labels"].tolist()]
+                prompts = [known[i % len(known)] for i in range(count)]
+            else:
+                prompts = known[:count]
+                repeated = [prompt for prompt in prompts[:8] for _ in range(8)]
+        elif protocol.prompts == "labels":
+            prompts = [str(i % self.model.labels) for i in range(count)]
+        else:
+            if count > len(self.judge.captions):
+                raise UserError(f"--samples {count}: the set has {len(self.judge.captions)} captions")
+            chosen = torch.randperm(len(self.judge.captions), generator=torch.Generator().manual_seed(args.seed))[:count]
+            prompts = [self.judge.captions[i] for i in chosen]
+            repeated = [word for word in COVERAGE_WORDS for _ in range(COVERAGE_SAMPLES * COVERAGE_REPEATS)]
+        if len(prompts) < protocol.samples and not self.judge:
+            self.warnings.append(f"{len(prompts):,} of the {protocol.samples:,} samples of {self.name}: compares with nothing that is published")
+        return prompts + ([] if args.no_coverage else repeated), len(prompts)
+
+    def check_bad(self, where, bad, count):
+        """Pictures that could not be used are named and counted; too many end the evaluation."""
+        if len(bad) > data.BAD_SHARE * count:
+            raise UserError(f"{len(bad)} of the {count} pictures in {where} cannot be used: " + "; ".join(f"{file}: {why}" for file, why in list(bad.items())[:3]))
+        if bad:
+            self.bad |= bad
+            self.warnings.append(f"{len(bad)} of {count} pictures in {where} could not be used and were left out: " + ", ".join(list(bad)[:3]) + ("" if len(bad) <= 3 else ", ..."))
+
+    def measure(self, sources):
+        """[(label, {name: Figure}), ...] in the first process, [] in the others."""
+        files = [judge_pictures(source, self.judges, self.protocol, self.parts, self.args.batch_size) for source in sources]
+        fsdp.from_all(None)  # all parts are there
+        table = []
+        for source, parts in zip(sources, files) if fsdp.first() else ():
+            judged, bad = read_parts(parts)
+            self.check_bad(source.label, bad, len(source.prompts))
+            if source.key["kind"] == "folder" and source.counted < self.protocol.samples:
+                self.warnings.append(f"{source.label} has {source.counted:,} of the {self.protocol.samples:,} pictures of {self.name}: compares with nothing that is published")
+            prompts = [source.prompts[i] for i in judged["index"].tolist()]
+            count = int((judged.pop("index") < source.counted).sum())
+            table.append((source.label, figures_of(judged, prompts, count, self.reference, self.judge, self.args.seed)))
+        return table
+
+
+def default_protocol(model):
+    place = model and Path(model.name).resolve()
+    return {data.EMOJI_TEACHER: "emoji", data.CLASS_TEACHER: "emoji-classes"}.get(place, "as-is")
+
+
+def inception_in_cache():
+    """Where torch-fidelity keeps what it has fetched."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(judges.INCEPTION_URL).name
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+def cell(value, error):
+    """As many places as the error has two figures of."""
+    places = 3 if not (error > 0 and math.isfinite(error)) else min(4, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:.{places}f} +-" + (f"{error:.{places}f}" if math.isfinite(error) else "?")
+
+
+def table_text(table, warnings):
+    names = list(dict.fromkeys(name for _, figures in table for name in figures))
+    rows = [["", *names]] + [[label, *(cell(figures[name].value, figures[name].error) if name in figures else "-" for name in names)] for label, figures in table]
+    return aligned(rows) + "".join(f"\nWARNING: {text}" for text in warnings)
+
+
+def differences(table):
+    """[(label, {name: (difference to the first row, its standard error)}), ...] of every other row."""
+    first = table[0][1]
+    return [(label, {name: figure.minus(first[name]) for name, figure in figures.items() if name in first}) for label, figures in table[1:]]
+
+
+def differences_text(rows, first):
+    names = list(dict.fromkeys(name for _, figures in rows for name in figures))
+
+    def show(value, error):
+        low, high = value - 1.96 * error, value + 1.96 * error
+        return f"{value:+.3g} [{low:.3g}, {high:.3g}]" + ("*" if low > 0 or high < 0 else " ")
+
+    return f"less {first}, 95 % intervals; * where 0 is outside\n" + aligned([["", *names]] + [[label, *(show(*figures[name]) if name in figures else "-" for name in names)] for label, figures in rows])
+
+
+def aligned(rows):
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
+
+
+def versions():
+    import diffusers
+    import transformers
+    found = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
+    return found | ({"torch-fidelity": has_fidelity().__version__} if has_fidelity() else {})
+
+
+def health_of(path):
+    """Means of the run's own figures over its last 50 rows, which know of the fake score; nothing of a student that is no run."""
+    run, _ = checkpoint.locate(path)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[-50:]] if (run / "metrics.jsonl").is_file() else []
+    names = [name for name in ("std", "gap", "cosine", "dm", "ca", "logit_accuracy", "fake_loss") if rows and name in rows[-1]]
+    return {name: sum(row[name] for row in rows if name in row) / sum(name in row for row in rows) for name in names}
+
+
+def report_of(setting, table, weights, seconds, health=None):
+    """All that metrics.json says."""
+    args = setting.args
+    known = lambda *numbers: [number if math.isfinite(number) else None for number in numbers]  # JSON knows no NaN
+    interval = lambda value, error: known(value - 1.96 * error, value + 1.96 * error)
+    figures = lambda own: {name: {"value": figure.value, "standard_error": known(figure.error)[0], "interval_95": interval(figure.value, figure.error)} for name, figure in own.items()}
+    return {"protocol": setting.name, "about": setting.protocol.about, "command": sys.argv[1:], "model": setting.model and setting.model.name, "samples": setting.counted, "repeated_prompts": len(setting.prompts) - setting.counted,
+            "prompts_sha256": hashlib.sha256("\n".join(setting.prompts).encode()).hexdigest(), "seed": args.seed, "guidance": args.guidance, "teacher_steps": args.teacher_steps, "sampler": args.sampler,
+            "dtype": args.dtype, "device": args.device, "processes": fsdp.world(), "batch_size": args.batch_size, "coverage_samples": COVERAGE_SAMPLES, "coverage_repeats": COVERAGE_REPEATS,
+            "reference": args.reference, "weights": weights | {name: value for judge in setting.judges for name, value in judge.about.items()}, "versions": versions(),
+            "warnings": setting.warnings, "left_out": setting.bad, "health": health or {}, "seconds": round(seconds, 1),
+            "rows": [{"label": label} | figures(own) for label, own in table],
+            "differences_to_first": [{"label": label} | {name: {"value": value, "interval_95": interval(value, error)} for name, (value, error) in own.items()} for label, own in differences(table)]}
+
+
+def write_report(out, report, text):
+    checkpoint.replace_file(out / "metrics.json", lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
+    checkpoint.replace_file(out / "table.txt", lambda path: path.write_text(text + "\n"))
+
+
+# ---------------------------------------------------------------------------------------------------- command line
 
 def parse_arguments():
     parser = errors.Parser(__doc__)
     sample.add_common_flags(parser)
-    parser.add_argument("--samples", type=errors.positive, default=300, help="captions that are drawn")
-    parser.add_argument("--out", default="eval.json", metavar="FILE")
+    parser.add_argument("--compare", nargs="+", metavar="PATH", help="several students, as --student takes them, in one table with their teacher")
     parser.add_argument("--teacher-only", action="store_true", help="no student is needed")
-    parser.add_argument("--no-coverage", action="store_true", help="leave coverage out, which is half of the time")
-    return parser.parse_args()
+    parser.add_argument("--pictures", nargs="+", metavar="DIR", help="folders of pictures (or EDM's .zip), a row each; without --student, --compare or --model no model is loaded")
+    parser.add_argument("--watch", metavar="RUN", help="evaluate each new checkpoint of this run until it ends")
+    parser.add_argument("--protocol", choices=judges.PROTOCOLS, help="what is drawn, how it is cut and resized, and what a number compares with (default: by the model); judges.py has the sources")
+    parser.add_argument("--samples", type=errors.positive, help="(default: the protocol's)")
+    parser.add_argument("--prompts", metavar="FILE", help=".txt, one a line, or a pickled list; labels or their names for class-conditional models")
+    parser.add_argument("--no-coverage", action="store_true", help="leave out the repeated prompts, by which coverage and diversity are measured")
+    parser.add_argument("--reference", metavar="PATH", help="for fid: a folder of pictures, EDM's .zip, or statistics (.npz, EDM's too)")
+    parser.add_argument("--write-reference", metavar="FILE", help="write the statistics of --reference to an .npz, and no more")
+    parser.add_argument("--inception", metavar="FILE", help=f"the Inception network's weights, {Path(judges.INCEPTION_URL).name} (default: where torch-fidelity has it)")
+    parser.add_argument("--clip", nargs="+", metavar="NAME", help="CLIP score: vit-b/32, vit-g/14, or a folder or hub id of a CLIP model")
+    parser.add_argument("--pickscore", nargs="?", const=judges.PICKSCORE, metavar="PATH", help=f"folder or hub id (default {judges.PICKSCORE})")
+    parser.add_argument("--image-reward", nargs="?", const="ImageReward-v1.0", metavar="PATH", help="its file of weights, or what its package fetches (pip install image-reward)")
+    parser.add_argument("--batch-size", type=errors.positive, default=50, help="pictures drawn and judged at once")
+    parser.add_argument("--out", metavar="DIR", help="(default: evaluation, or RUN/evaluation with --watch)")
+    args = parser.parse_args()
+    if args.write_reference and not args.reference:
+        parser.error("--write-reference FILE needs --reference FOLDER, which it is made of")
+    if (args.student is not None) + (args.compare is not None) + args.teacher_only + (args.watch is not None) > 1:
+        parser.error("--student, --compare, --teacher-only and --watch are four ways to say which students: use one")
+    args.out = args.out or (str(Path(args.watch) / "evaluation") if args.watch else "evaluation")
+    return args
 
 
-def rows_to_measure(model, student, args, guidance):
-    """The teacher as it should be, the undistilled network at few steps with and without guidance, the student."""
+def teacher_rows(setting, guidance, steps, undistilled):
+    """The teacher as it should be, and the undistilled network at few steps with and without guidance."""
+    model, args, key = setting.model, setting.args, {"kind": "teacher", "weights": models.fingerprint(setting.model.teacher)}
+    rows = [sample.teacher_row(model, args.teacher_steps, guidance, args.sampler)]
+    for scale in dict.fromkeys((guidance, 1.0)) if undistilled else ():
+        rows += [sample.teacher_row(model, few, scale, args.sampler) for few in steps]
+    return [drawn(setting, row, key) for row in rows]
+
+
+def student_rows(setting, students):
+    rows = []
+    for student in students:
+        key = {"kind": "student", "weights": models.fingerprint(student.denoiser)}
+        rows += [drawn(setting, row, key) for row in student.rows(setting.model)]
+    return rows
+
+
+def evaluate(args):
+    began = time.perf_counter()
+    paths = [] if args.teacher_only else args.compare or [args.student or sample.DEFAULT_RUN]
+    if args.write_reference or args.pictures and not (args.student or args.compare or args.teacher_only or args.model):
+        model, students, sources = None, [], []
+        setting = Setting(args)
+        if args.write_reference:
+            if Path(args.reference).suffix == ".npz":
+                raise UserError(f"--write-reference makes statistics of pictures; {args.reference} are statistics already")
+            return write_reference(args.write_reference, setting, setting.extractor)
+    else:
+        model, students, guidance = sample.load_teacher_and_students(args, paths)
+        if hasattr(model, "measure_rows"):
+            return measure_plane(args, model, students, guidance)
+        setting = Setting(args, model)
+        args.guidance = guidance
+        sources = teacher_rows(setting, guidance, students[0].steps if students else args.steps or (4, 2, 1), undistilled=setting.judge and not args.compare)
+        sources += student_rows(setting, students) + ([real_pictures(setting)] if setting.judge else [])
+    sources += [on_disk(folder, most=args.samples) for folder in args.pictures or ()]
+    table = setting.measure(sources)
+    if not fsdp.first():
+        return
+    weights = {source.label: source.key["weights"] for source in sources if "weights" in source.key}
+    health = {student.name: health_of(student.path) for student in students if health_of(student.path)}
+    shown = [(label, own) for label, own in differences(table) if any(label == source.label and source.key["kind"] in ("student", "folder") for source in sources)]
+    text = table_text(table, setting.warnings) + ("\n\n" + differences_text(shown, table[0][0]) if shown else "")
+    for name, figures in health.items():
+        text += f"\n\nhealth of {name} while it trained, over its last rows: " + ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
+    write_report(Path(args.out), report_of(setting, table, weights, time.perf_counter() - began, health), text)
+    print(f"{setting.counted or 'all'} samples by {setting.name}" + (f"; {len(setting.prompts) - setting.counted} more of repeated prompts" if len(setting.prompts) > setting.counted else ""))
+    print(text + f"\nnumbers: {args.out}/metrics.json")
+
+
+def measure_plane(args, model, students, guidance):
     rows = [sample.teacher_row(model, args.teacher_steps, guidance)]
-    for scale in dict.fromkeys((guidance, 1.0)):
-        rows += [sample.teacher_row(model, steps, scale) for steps in args.steps]
-    return rows + [sample.student_row(student, model.schedule.timesteps(steps, args.first_timestep)) for steps in args.steps if student]
+    steps = students[0].steps if students else args.steps or (4, 2, 1)
+    rows += [sample.teacher_row(model, few, scale) for scale in dict.fromkeys((guidance, 1.0)) for few in steps]
+    rows += [row for student in students for row in student.rows(model)]
+    table = [(label, {name: Figure(value, error) for name, (value, error) in own.items()}) for label, own in model.measure_rows(rows, guidance, max(row.noises for row in rows), args.seed)]
+    report = {"model": model.name, "command": sys.argv[1:], "guidance": guidance, "seed": args.seed,
+              "rows": [{"label": label} | {name: {"value": figure.value, "standard_error": figure.error} for name, figure in own.items()} for label, own in table]}
+    write_report(Path(args.out), report, table_text(table, []))
+    print(table_text(table, []) + f"\nnumbers: {args.out}/metrics.json")
 
 
-def print_table(table):
-    names = list(table[0][1])
-    print(f"{'':40}" + "".join(f"{name:>19}" for name in names))
-    for label, figures in table:
-        cells = "".join(f"{'-':>19}" if name not in figures else f"{figures[name][0]:>10.3f} +-{figures[name][1]:6.3f}" for name in names)
-        print(f"{label:40}{cells}")
+def watch(args, pause=5.0):
+    """Evaluate a run's checkpoints as they appear, until it has made all its iterations."""
+    run, out = Path(args.watch), Path(args.out)
+    config = checkpoint.read_configuration(run)
+    args.student = str(run)  # for what its flags say
+    model, setting, rows = None, None, read_rows(out / "watch.jsonl")
+    while True:
+        new = [folder for folder in reversed(checkpoint.complete_checkpoints(run)) if int(folder.name) not in {row["iteration"] for row in rows}]
+        for folder in new:
+            if model is None:
+                model = sample.load_teacher(args, config)
+                setting = Setting(args, model)
+            try:
+                students = [sample.Student.load(folder, model, args, steps=args.steps or [config["student_steps"]])]
+            except UserError as error:  # --keep may have deleted it meanwhile
+                print(f"passed over {folder.name}: {error}")
+                rows.append({"iteration": int(folder.name)})
+                continue
+            (_, figures), = setting.measure(student_rows(setting, students)[:1])
+            row = {"iteration": int(folder.name)} | {name: figure.value for name, figure in figures.items()}
+            rows.append(row)
+            rows.sort(key=lambda row: row["iteration"])
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            checkpoint.replace_file(out / "watch.jsonl", lambda path: path.write_text(text))
+            names = list(dict.fromkeys(name for row in rows for name in row if name != "iteration"))
+            sample.draw_curves({name: [(row["iteration"], row[name]) for row in rows if name in row] for name in names}, out / "curves.png")
+            print(f"iteration {folder.name}: " + ", ".join(f"{name} {cell(figure.value, figure.error)}" for name, figure in figures.items()))
+        newest = max((int(folder.name) for folder in checkpoint.complete_checkpoints(run)), default=0)
+        if newest >= config["iterations"]:
+            print(f"the run has made its {config['iterations']} iterations; numbers: {out}/watch.jsonl, curves: {out}/curves.png")
+            return
+        if not new:
+            time.sleep(pause)
 
 
-def measure_pictures(model, rows, args):
-    """[(label, figures), ...] of every row and of real pictures, which come last."""
-    judge = Judge()
-    shape = model.decode(torch.zeros(1, *model.sample_shape, device=model.device)).shape[1:]
-    if shape != (3, 64, 64):
-        raise errors.UserError(f"{model.name} draws {tuple(shape)} pictures; eval.py measures the embedded models' only")
-    if args.samples > len(judge.captions):
-        raise errors.UserError(f"--samples {args.samples}: the set has {len(judge.captions)} captions")
-    chosen = torch.randperm(len(judge.captions), generator=torch.Generator().manual_seed(args.seed))[:args.samples]
-    prompts = [judge.captions[i] for i in chosen]
-    words = [] if args.no_coverage else [word for word in COVERAGE_WORDS for _ in range(COVERAGE_SAMPLES * COVERAGE_REPEATS)]
-    table = []
-    with tqdm(total=len(rows) * (len(prompts) + len(words)), unit="picture") as bar:
-        for row in rows:
-            label = row.label.replace("\n", ", ")
-            bar.set_description(label)
-            pictures = draw(model, row, prompts + words, max(args.steps), args.seed, bar)
-            parts = pictures[len(prompts):].split(COVERAGE_SAMPLES)
-            coverage = {word: parts[i * COVERAGE_REPEATS:(i + 1) * COVERAGE_REPEATS] for i, word in enumerate(COVERAGE_WORDS)} if words else None
-            table.append((label, measure(judge, pictures[:len(prompts)], prompts, coverage, args.seed)))
-    table.append(("real pictures", measure(judge, judge.moved(chosen.tolist(), args.seed + 1), prompts, None, args.seed)))
-    print(f"{len(prompts)} captions; coverage: {COVERAGE_REPEATS} x {COVERAGE_SAMPLES} samples of each of "
-          + ", ".join(f"{word} ({judge.existing(word)} exist)" for word in COVERAGE_WORDS))
-    return table
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def main():
     args = parse_arguments()
-    out = Path(args.out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise errors.UserError(f"--out {out}: " + ("is a directory" if out.is_dir() else f"there is no directory {out.parent}"))
-    model, student, guidance = sample.load_teacher_and_student(args, args.teacher_only)
-    rows = rows_to_measure(model, student, args, guidance)
-    table = model.measure_rows(rows, guidance, max(args.steps), args.seed) if hasattr(model, "measure_rows") else measure_pictures(model, rows, args)
-    print_table(table)
-    report = {"model": model.name, "student": None if args.teacher_only else args.student or sample.DEFAULT_RUN,
-              "guidance": guidance, "seed": args.seed, "samples": args.samples, "coverage_samples": COVERAGE_SAMPLES, "coverage_repeats": COVERAGE_REPEATS,
-              "rows": [{"label": label} | {name: {"value": value, "standard_error": error} for name, (value, error) in figures.items()}
-                       for label, figures in table]}
-    checkpoint.replace_file(out, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
-    print(f"numbers: {out}")
+    if args.watch and fsdp.launched():
+        raise UserError("--watch is for one process: without torchrun")
+    args.device = fsdp.own_device(args.device)
+    fsdp.start("none", args.device, timeout=3600)
+    if Path(args.out).is_file():
+        raise UserError(f"--out {args.out} is a file; it should be a folder")
+    fsdp.from_first(lambda: checkpoint.make_writable(Path(args.out)))
+    try:
+        watch(args) if args.watch else evaluate(args)
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted; what has been judged is kept in {args.out}/parts, and the same command goes on with the rest", status=130) from None
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    fsdp.run(main)

@@ -32,6 +32,7 @@ import eval as evaluation
 import checkpoint
 import fsdp
 import gmm
+import judges
 import losses
 import models
 import sample
@@ -303,7 +304,7 @@ class EmojiMeter:
     """eval.py's figures, on fewer samples: 100 captions, and 32 samples of each word."""
 
     def __init__(self, networks, args):
-        self.networks, self.args, self.judge = networks, args, evaluation.Judge()
+        self.networks, self.args, self.judge = networks, args, judges.EmojiJudge()
         chosen = torch.randperm(len(self.judge.captions), generator=torch.Generator().manual_seed(args.seed))[:100]
         self.prompts = [self.judge.captions[i] for i in chosen]
         self.row = sample.student_row(networks.averaged_student, networks.timesteps)
@@ -312,13 +313,15 @@ class EmojiMeter:
         return {name: recent[name].item() for name in ("std", "gap")}
 
     def at_the_end(self):
-        words = [word for word in evaluation.COVERAGE_WORDS for _ in range(evaluation.COVERAGE_SAMPLES)]
-        with tqdm(disable=True) as bar:
-            pictures = evaluation.draw(self.networks.model, self.row, self.prompts + words, self.args.student_steps, self.args.seed, bar)
-        parts = pictures[len(self.prompts):].split(evaluation.COVERAGE_SAMPLES)
-        coverage = {word: [part] for word, part in zip(evaluation.COVERAGE_WORDS, parts)}
-        figures = evaluation.measure(self.judge, pictures[:len(self.prompts)], self.prompts, coverage, self.args.seed)
-        return {name: value for name, (value, _) in figures.items()}
+        model, seed = self.networks.model, self.args.seed
+        prompts = self.prompts + [word for word in evaluation.COVERAGE_WORDS for _ in range(evaluation.COVERAGE_SAMPLES)]
+        noise = sample.column_noise(model, len(prompts), self.args.student_steps, seed)
+        views = {"whole": model.decode(sample.draw_in_batches(self.row, noise, model.encode(prompts), 50))}
+        judged = self.judge(views, prompts) | judges.Gauges()(views, prompts)
+        features = self.judge.reference()
+        reference = {"layout": {"gaussian": evaluation.Gaussian.of(features)}}
+        figures = evaluation.figures_of(judged, prompts, len(self.prompts), reference, self.judge, seed)
+        return {name: figure.value for name, figure in figures.items()}
 
     def keep_picture(self, path):
         model = self.networks.model

@@ -1,10 +1,12 @@
-"""Make the embedded teacher again: Stable Diffusion in miniature, trained on the OpenMoji font in about 95 minutes on two cores.
+"""Make the embedded teachers again. `text`: Stable Diffusion in miniature, trained on the OpenMoji font in about 95 minutes on two cores.
+`classes`: EDM's ImageNet network in miniature, trained on ten classes of it.
 
     python make_teacher.py                           # two cores with bfloat16 in hardware
     python make_teacher.py --device cuda             # minutes
     python make_teacher.py                           # after an interruption: goes on where it was
+    python make_teacher.py classes --dtype float32   # two cores without it
 
-Three stages, each resumable from --work:
+Stages of `text`, each resumable from --work:
   autoencoder  AutoencoderTiny, 64x64x3 <-> 8x8x8. A batch norm without parameters sits on the latents while training and is
                folded into the encoder afterwards, so that the plain class gives latents of mean 0 and deviation 1. The decoder
                sees them with a little noise, which makes it forgive the sampler's small errors.
@@ -14,6 +16,9 @@ Three stages, each resumable from --work:
   decoder      the decoder alone, for longer: the latents are fixed now, and the colours of rare pictures want more time.
 
 The result is a diffusers pipeline directory in float16 that StableDiffusionPipeline.from_pretrained reads.
+
+`classes` has one stage: a UNet2DModel with EDM's preconditioning, loss and distribution of noise levels (2206.00364) on 16x16 pixels. The result is a
+diffusers network's directory, whose labels.txt names the classes.
 """
 
 import json
@@ -21,29 +26,34 @@ import math
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import data
+import edm
 import errors
 import checkpoint
+import losses
 import models
 
 NARROW, NARROW_VIEWS, WIDE_VIEWS = 0.2, 8, 24
 LATENT_NOISE = 0.1   # deviation of the noise on the latents while the autoencoder trains
 WEIGHT_CAP = 5.0     # see denoiser_loss_weight
 MAX_TOKENS = 16
+CLASS_UNET = dict(size=16, channels=(32, 64, 128), layers=1, attends=(False, False, True), labels=len(data.EMOJI_CLASSES))
 
 
 def parse_arguments():
     parser = errors.Parser(__doc__)
-    parser.add_argument("--out", default=str(data.EMOJI_TEACHER), help="where the pipeline directory is written")
+    parser.add_argument("what", nargs="?", choices=("text", "classes"), default="text")
+    parser.add_argument("--out", metavar="DIR", help="where the teacher is written (default: assets/emoji_teacher, assets/emoji_classes)")
     parser.add_argument("--work", default="runs/teacher", help="where the resumable state is kept")
     parser.add_argument("--autoencoder-iterations", type=errors.positive, default=2000)
     parser.add_argument("--narrow-iterations", type=errors.positive, default=5500)
     parser.add_argument("--wide-iterations", type=errors.positive, default=7500)
     parser.add_argument("--decoder-iterations", type=errors.positive, default=1500)
+    parser.add_argument("--class-iterations", type=errors.positive, default=5000)
     parser.add_argument("--batch-size", type=errors.positive, default=64, help="of the denoiser; the autoencoder's is half")
     parser.add_argument("--pictures", type=errors.positive, help="learn the first N pictures only, for a quick trial")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -226,6 +236,30 @@ def make_denoiser(vae, pictures, captions, tokenizer, args):
     return ema.module["text_encoder"].eval(), ema.module["unet"].eval(), scheduler
 
 
+# ---------------------------------------------------------------------------------------------------- classes
+
+def make_class_denoiser(args):
+    torch.manual_seed(args.seed)
+    network = edm.as_edm(UNet2DModel(**edm.unet_options(**CLASS_UNET))).to(args.device)
+    networks = torch.nn.ModuleDict({"unet": network})
+    pictures, groups = data.emoji_pictures(2 * CLASS_UNET["size"]), [torch.tensor(group[:args.pictures]) for group in data.emoji_classes()]
+
+    def loss_of(generator):
+        labels = torch.randint(len(groups), (args.batch_size,), generator=generator)
+        u = torch.rand(args.batch_size, generator=generator).tolist()
+        index = torch.stack([groups[label][int(u_i * len(groups[label]))] for label, u_i in zip(labels.tolist(), u)])
+        x0 = data.shift_and_scale(pictures[index], generator, data.CLASS_WIDTH).to(args.device)                  # (B, 3, 16, 16)
+        sigma = (1.2 * torch.randn(args.batch_size, generator=generator) - 1.2).exp().to(args.device)
+        levels = models.Schedule(torch.ones_like(sigma), sigma, sigma.log() / 4)  # a level for each sample
+        x_t = levels.add_noise(x0, torch.randn(x0.shape, generator=generator).to(args.device), torch.arange(len(sigma)))
+        x0_pred = models.Denoiser(network, levels, "edm")(x_t, torch.arange(len(sigma)), {"class_labels": labels.to(args.device)})
+        return losses.denoising_loss(x0_pred, x0, losses.denoising_weight("edm", 1, sigma).view(-1, 1, 1, 1))
+
+    ema = torch.optim.swa_utils.AveragedModel(networks, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    train("classes", args.class_iterations, networks, 1e-3, loss_of, args, ema)
+    return ema.module["unet"].eval()
+
+
 # ---------------------------------------------------------------------------------------------------- all stages
 
 def write_pipeline(out, vae, text_encoder, unet, tokenizer, scheduler):
@@ -241,14 +275,9 @@ def write_pipeline(out, vae, text_encoder, unet, tokenizer, scheduler):
         library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
         index[name] = [library, type(part).__name__]
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"{out}: {size / 1e6:.1f} MB. Measure it: python eval.py --model {out}")
 
 
-def main():
-    args = parse_arguments()
-    work, out = Path(args.work), Path(args.out)
-    work.mkdir(parents=True, exist_ok=True)
+def make_text_teacher(out, work, args):
     captions = [caption for _, caption in data.emoji_captions()][:args.pictures]
     pictures = data.emoji_pictures(128)[:args.pictures]  # twice the size of what is made of them, for clean shifts and scales
     vae = make_autoencoder(pictures, args)
@@ -256,6 +285,26 @@ def main():
     text_encoder, unet, scheduler = make_denoiser(vae, pictures, captions, tokenizer, args)
     polish_decoder(vae, pictures, args)
     write_pipeline(out, vae, text_encoder, unet, tokenizer, scheduler)
+
+
+def make_class_teacher(out, work, args):
+    def write(folder):
+        network = make_class_denoiser(args)
+        network.class_embedding.weight.data[-1] = 0  # no label, which was never trained: EDM's network adds nothing then
+        network.half().save_pretrained(folder)
+        (folder / "labels.txt").write_text("".join(f"{name}\n" for name in data.EMOJI_CLASSES))
+
+    checkpoint.replace_folder(out, write)
+
+
+def main():
+    args = parse_arguments()
+    make, default = {"text": (make_text_teacher, data.EMOJI_TEACHER), "classes": (make_class_teacher, data.CLASS_TEACHER)}[args.what]
+    work, out = Path(args.work), Path(args.out or default)
+    work.mkdir(parents=True, exist_ok=True)
+    make(out, work, args)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {size / 1e6:.1f} MB. Measure it: python eval.py --teacher-only --model {out}")
 
 
 if __name__ == "__main__":

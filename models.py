@@ -70,8 +70,8 @@ def vp_schedule(alphas_cumprod):
 
 
 def edm_schedule(T=1000, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """EDM (2206.00364, equation 5): alpha = 1, Karras noise levels."""
-    u = torch.linspace(0, 1, T, dtype=torch.float64)
+    """EDM (2206.00364, equation 5): alpha = 1, Karras noise levels; a single one is the noisiest."""
+    u = torch.linspace(1, 0, T, dtype=torch.float64).flip(0)
     sigma = (sigma_min ** (1 / rho) + u * (sigma_max ** (1 / rho) - sigma_min ** (1 / rho))) ** rho
     return Schedule(torch.ones(T), sigma.float(), (sigma.log() / 4).float(), noise_scale=sigma_max)
 
@@ -267,15 +267,36 @@ def deterministic_sample(x0_of, noise, timesteps, schedule):
     return x0_of(x_t, timesteps[-1])
 
 
-def heun_sample(x0_of, noise, schedule):
-    """EDM's deterministic sampler (2206.00364, algorithm 1): Heun's second-order steps through all levels of the schedule, the last one,
-    to no noise at all, of first order. 2 T - 1 calls of x0_of(x_t, t)."""
-    x_t = schedule.noise_scale * noise                                                             # (B, C, H, W)
-    for t in range(len(schedule) - 1, 0, -1):
-        step, slope = schedule.sigma[t - 1] - schedule.sigma[t], (x_t - x0_of(x_t, t)) / schedule.sigma[t]
+def heun_sample(x0_of, noise, schedule, steps):
+    """EDM's samplers (2206.00364, algorithms 1 and 2): Heun's second-order steps through the first `steps` levels of the schedule, the last one,
+    to no noise at all, of first order. 2 steps - 1 calls of x0_of(x_t, t).
+
+    noise (S, B, ...). A schedule of twice as many levels, see stochastic_levels, has at steps + t the level to which noise[steps - t] raises
+    level t before the step from there: algorithm 2.
+    """
+    sigma = schedule.sigma
+    x_t = schedule.noise_scale * noise[0]                                                          # (B, C, H, W)
+    for t in range(steps - 1, 0, -1):
+        start = t
+        if len(schedule) > steps:
+            start = steps + t
+            x_t = x_t + STOCHASTIC["noise"] * (sigma[start] ** 2 - sigma[t] ** 2).sqrt() * noise[steps - t]
+        step, slope = sigma[t - 1] - sigma[start], (x_t - x0_of(x_t, start)) / sigma[start]
         x_s = x_t + step * slope
-        x_t = x_t + step * (slope + (x_s - x0_of(x_s, t - 1)) / schedule.sigma[t - 1]) / 2
+        x_t = x_t + step * (slope + (x_s - x0_of(x_s, t - 1)) / sigma[t - 1]) / 2
     return x0_of(x_t, 0)
+
+
+STOCHASTIC = dict(churn=40, low=0.05, high=50.0, noise=1.003)  # EDM's for ImageNet-64: S_churn, S_min, S_max, S_noise
+
+
+def stochastic_levels(steps):
+    """EDM's levels, and after them those to which each is raised."""
+    levels = edm_schedule(steps)
+    gamma = min(STOCHASTIC["churn"] / steps, 2 ** 0.5 - 1)
+    within = (levels.sigma >= STOCHASTIC["low"]) & (levels.sigma <= STOCHASTIC["high"])
+    sigma = torch.cat([levels.sigma, torch.where(within, (1 + gamma) * levels.sigma, levels.sigma)])
+    return Schedule(torch.ones_like(sigma), sigma, sigma.log() / 4, levels.noise_scale)
 
 
 def rollout(student, noise, cond, timesteps):
@@ -434,7 +455,9 @@ def load_model(path, device="cpu", dtype=torch.float32, vae=None, **options):
     Model. vae: another decoder's directory or hub id; "none" leaves it out."""
     for place in (device, options.get("text_device"), options.get("vae_device")):
         check_device(place or device)
-    import gmm  # which itself needs this module
+    import data  # which itself needs this module
+    import gmm
+    path = data.EMBEDDED.get(str(path), path)
     if str(path) in gmm.NAMES:
         return gmm.Model(str(path), device, dtype)
     with quiet_libraries():
@@ -600,8 +623,10 @@ def check_peft(flag):
 
 
 def load_student(path, model):
-    """A student's Denoiser, from a run directory (its student/), a diffusers UNet directory, a file of a UNet's weights with diffusers'
+    """A student's Denoiser, from a run directory (its student/), one of its checkpoints, a diffusers UNet directory, a file of a UNet's weights with diffusers'
     names (.safetensors, .bin, .pt: DMD2's releases), or a LoRA file, which is merged into a copy of the teacher."""
+    if (Path(path) / "manifest.json").is_file():
+        return student_of_checkpoint(Path(path), model)
     path = Path(path) / "student" if (Path(path) / "student").is_dir() else Path(path)
     path = path / LORA_FILE if (path / LORA_FILE).is_file() else path
     if path.is_dir():
@@ -614,6 +639,22 @@ def load_student(path, model):
         raise UserError(f"there is no student at {path}")
     parameter = next(model.origin.parameters())
     return model.denoiser(network).to(parameter.device, parameter.dtype).requires_grad_(False).eval()
+
+
+def student_of_checkpoint(folder, model):
+    """The averaged student that a run had there."""
+    import checkpoint
+    manifest = checkpoint.read_manifest(folder)
+    damage = checkpoint.damage_in(folder, manifest) if manifest else checkpoint.NO_MANIFEST
+    if damage:
+        raise UserError(f"the checkpoint {folder} is damaged: {damage}")
+    config = manifest["config"]
+    student = trainable_copy(model.origin, config["lora"], config["lora_alpha"], config["seed"])
+    part = "averaged_student" if config["ema"] > 0 else "student"
+    trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    checkpoint.load(folder, {f"{part}.{name}": tensor for name, tensor in student.state_dict().items() if name in trained})
+    parameter = next(model.origin.parameters())
+    return student.to(parameter.device, parameter.dtype).requires_grad_(False).eval()
 
 
 def unet_from_folder(folder, model):
@@ -631,7 +672,7 @@ def unet_from_folder(folder, model):
         raise UserError(f"the student {folder} cannot be loaded: {first_line(error)}") from None
 
 
-def read_weights(path):
+def read_weights(path, what="the student"):
     """{name: tensor} of a .safetensors file or of one that torch.save wrote, of which nothing is executed."""
     try:
         with warnings.catch_warnings():
@@ -640,9 +681,9 @@ def read_weights(path):
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
         damaged = "it is cut off or no file of weights"
         why = "it holds more than weights, which is not loaded" if isinstance(error, pickle.UnpicklingError) else damaged if path.is_file() else first_line(error)
-        raise UserError(f"the student {path} cannot be loaded: {why}") from None
+        raise UserError(f"{what} {path} cannot be loaded: {why}") from None
     if not isinstance(weights, dict) or not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"the student {path} is no file of weights by name")
+        raise UserError(f"{what} {path} is no file of weights by name")
     return weights
 
 

@@ -31,38 +31,48 @@ PROMPTS = ("cat face with wry smile", "red apple", "crescent moon", "rocket", "h
 
 @dataclass
 class Row:
-    """One way of making pictures. draw(noise, cond) -> x0, noise (S, B, ...): a sampler uses as many of the S as it needs."""
+    """One way of making pictures. draw(noise, cond) -> x0, noise (S, B, ...): a sampler uses the first `noises` of the S."""
     label: str
     draw: Callable
+    noises: int = 1
 
 
-def teacher_row(model, steps, guidance):
-    """EDM's networks have a sampler and levels of their own, as many as steps."""
-    levels = models.edm_schedule(steps).to(model.device) if model.prediction == "edm" else model.schedule
+SAMPLERS = ("deterministic", "heun", "stochastic")
+
+
+def teacher_row(model, steps, guidance, sampler=None):
+    """sampler: deterministic is ours, for all models; heun and stochastic are EDM's, for its networks, with levels of their own, as many as
+    steps; heun is these networks' default."""
+    of_edm = model.prediction == "edm"
+    sampler = sampler or ("heun" if of_edm else "deterministic")
+    if sampler != "deterministic" and not of_edm:
+        raise UserError(f"--sampler {sampler} is of EDM's networks; {model.name} is none")
+    levels = {"deterministic": model.schedule, "heun": models.edm_schedule(steps), "stochastic": models.stochastic_levels(steps)}[sampler].to(model.device)
     teacher = lambda x_t, t, cond: model.teacher(x_t, t, cond, levels)
 
     @torch.no_grad()
     def draw(noise, cond):
         x0_of = lambda x_t, t: models.guided_x0(teacher, x_t, t, cond, model.uncond, guidance)
-        if model.prediction == "edm":
-            return models.heun_sample(x0_of, noise[0], levels)
-        return models.deterministic_sample(x0_of, noise[0], model.schedule.timesteps(steps), model.schedule)
+        if sampler == "deterministic":
+            return models.deterministic_sample(x0_of, noise[0], levels.timesteps(steps), levels)
+        return models.heun_sample(x0_of, noise, levels, steps)
 
-    return Row(f"teacher, {steps} step{'s' * (steps > 1)}\nguidance {guidance:g}", draw)
+    named = f"\n{sampler}" if of_edm else ""
+    return Row(f"teacher, {steps} step{'s' * (steps > 1)}{named}\nguidance {guidance:g}", draw, steps if sampler == "stochastic" else 1)
 
 
-def student_row(student, timesteps):
+def student_row(student, timesteps, name="student"):
     @torch.no_grad()
     def draw(noise, cond):
         return models.rollout(student, noise[:len(timesteps)], cond, timesteps)
 
-    return Row(f"student, {len(timesteps)} step{'s' * (len(timesteps) > 1)}", draw)
+    return Row(f"{name}, {len(timesteps)} step{'s' * (len(timesteps) > 1)}", draw, len(timesteps))
 
 
-def column_noise(model, columns, steps, seed):
-    """(steps, columns, C, H, W). Noise depends on the seed, its step and its column alone, not on how many there are."""
+def column_noise(model, columns, steps, seed, first=0):
+    """(steps, columns, C, H, W) of columns `first` and on. Noise depends on the seed, its step and its column alone, not on how many there are."""
     columns = [torch.randn(steps, *model.sample_shape, generator=torch.Generator().manual_seed(data.mix_seed(seed, i)))
-               for i in range(columns)]
+               for i in range(first, first + columns)]
     return torch.stack(columns, 1).to(model.device)
 
 
@@ -148,7 +158,9 @@ def add_common_flags(parser):
                         help="numbers of student steps (default: what it was distilled for, half of it, and 1)")
     parser.add_argument("--first-timestep", type=errors.natural, metavar="T", help="of the student's sampler (default: what it was distilled for, else the noisiest)")
     parser.add_argument("--teacher-steps", type=errors.positive, default=50)
-    parser.add_argument("--guidance", type=errors.positive_number, help="of the teacher (default: what the student was distilled with)")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="of the teacher: deterministic is ours (DDIM); heun and stochastic are EDM's, for its networks, "
+                                                            "whose default is heun")
+    parser.add_argument("--guidance", type=errors.positive_number, help="of the teacher (default: what the student was distilled with, else 3, or 1 for classes)")
     parser.add_argument("--seed", type=errors.natural, default=0, help="of the noise")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", type=errors.dtype("float32", "bfloat16", "float16"), default="float32", metavar="DTYPE",
@@ -159,36 +171,74 @@ def add_common_flags(parser):
 
 
 def run_configuration(student):
-    """config.json of the run whose directory, student/ or LoRA file that is; nothing of anything else."""
+    """config.json of the run whose directory, student/, checkpoint or LoRA file that is; nothing of anything else."""
     path = Path(student).absolute()
     for run, inside in ((path, path), (path.parent, path), (path.parent.parent, path.parent)):
-        if (run / "student").is_dir() and (run / "config.json").is_file() and inside in (run, run / "student"):
+        if (run / "config.json").is_file() and ((run / "student").is_dir() and inside in (run, run / "student") or inside == run / "checkpoints"):
             return models.read_json(run / "config.json")
     return {}
 
 
-def load_teacher_and_student(args, teacher_only=False):
-    """The two networks that the common flags name, and the guidance scale to use. Fills in what the student's run knows."""
-    run = Path(args.student or DEFAULT_RUN)
-    if not run.exists() and not teacher_only:
-        hint = "" if args.student else ": make one with `python train.py`, or name another with --student"
-        raise UserError(f"there is no student at {run}{hint}")
+@dataclass
+class Student:
+    """A student with the steps that it is drawn at. name: what rows call it."""
+    path: Path
+    name: str
+    denoiser: models.Denoiser
+    steps: list
+    first_timestep: int | None
+
+    @classmethod
+    def load(cls, path, model, args, steps, name="student"):
+        first = args.first_timestep if args.first_timestep is not None else run_configuration(path).get("first_timestep")
+        check_steps(model, max(steps), first)
+        return cls(Path(path), name, models.load_student(path, model), steps, first)
+
+    def rows(self, model):
+        return [student_row(self.denoiser, model.schedule.timesteps(steps, self.first_timestep), self.name) for steps in self.steps]
+
+
+def check_steps(model, steps, first_timestep=None):
+    levels = len(model.schedule) if first_timestep is None else first_timestep + 1
+    if not steps <= levels <= len(model.schedule):
+        raise UserError(f"{steps} steps, or a first timestep of {levels - 1}, are more than the {len(model.schedule)} noise levels of {model.name}")
+
+
+def load_teacher(args, config):
+    """The model that --model names, or else the run with that configuration."""
     if args.vae == "none":
         raise UserError("--vae none leaves out the decoder, without which there are no pictures")
-    config = {} if teacher_only else run_configuration(run)
     dtype = getattr(torch, args.dtype)
     model = models.load_model(args.model or config.get("model") or data.EMOJI_TEACHER, args.device, dtype, vae=args.vae, held_in=dtype,
                               text_device=args.text_device, vae_device=args.vae_device)
-    if not args.steps:
+    check_steps(model, args.teacher_steps)
+    return model
+
+
+def load_teacher_and_students(args, paths):
+    """The model, the students at these paths with the steps to draw each at, and the guidance scale to use: what is not said the students' runs know."""
+    for path in paths:
+        if not Path(path).exists():
+            hint = ": make one with `python train.py`, or name another with --student" if str(path) == DEFAULT_RUN else ""
+            raise UserError(f"there is no student at {path}{hint}")
+    configs = [run_configuration(path) for path in paths]
+    teachers = {config["model"] or str(data.EMOJI_TEACHER) for config in configs if "model" in config}
+    if len(teachers) > 1 and not args.model:
+        raise UserError(f"the students have different teachers, {' and '.join(sorted(teachers))}: name the one to compare with by --model")
+    model, students = load_teacher(args, configs[0] if configs else {}), []
+    for path, config in zip(paths, configs):
         most = config.get("student_steps", 4)
-        args.steps = sorted({most, max(1, most // 2), 1}, reverse=True)
-    if args.first_timestep is None:
-        args.first_timestep = config.get("first_timestep")
-    levels = len(model.schedule) if args.first_timestep is None else args.first_timestep + 1
-    if not max(args.steps) <= levels <= len(model.schedule) or args.teacher_steps > len(model.schedule):
-        raise UserError(f"{max(args.teacher_steps, *args.steps)} steps, or a first timestep of {levels - 1}, are more than the {len(model.schedule)} noise levels of {model.name}")
-    student = None if teacher_only else models.load_student(run, model)
-    return model, student, args.guidance or config.get("guidance") or DEFAULT_GUIDANCE
+        steps = args.steps or ([most] if len(paths) > 1 else sorted({most, max(1, most // 2), 1}, reverse=True))
+        students.append(Student.load(path, model, args, steps, short_name(path, paths)))
+    return model, students, args.guidance or next((config["guidance"] for config in configs if "guidance" in config), getattr(model, "default_guidance", DEFAULT_GUIDANCE))
+
+
+def short_name(path, paths):
+    """What a table calls a student: the last part of its path that is its own."""
+    if len(paths) == 1:
+        return "student"
+    parts = [Path(other).parts for other in paths]
+    return next((name for i in range(1, 1 + min(map(len, parts))) if len({own[-i:] for own in parts}) == len(parts) for name in ["/".join(Path(path).parts[-i:])]), str(path))
 
 
 def parse_arguments():
@@ -243,17 +293,16 @@ def main():
     chosen = chosen_prompts(args.prompts) if args.prompts else None
     if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out {args.out} should end in .png, .jpg or .webp")
-    model, student, guidance = load_teacher_and_student(args)
+    model, (student,), guidance = load_teacher_and_students(args, [args.student or DEFAULT_RUN])
     if args.vae_slicing:
         if not getattr(model, "vae", None):
             raise UserError(f"--vae-slicing: {model.name} has no decoder")
         model.vae.enable_slicing()
     prompts = chosen or getattr(model, "sample_prompts", PROMPTS)
     cond = model.encode(prompts)
-    noise = column_noise(model, len(prompts), max(args.steps), args.seed)
-    few = sorted({max(args.steps), min(args.steps)}, reverse=True)
-    rows = [teacher_row(model, steps, guidance) for steps in (args.teacher_steps, *few)]
-    rows += [student_row(student, model.schedule.timesteps(steps, args.first_timestep)) for steps in args.steps]
+    few = sorted({max(student.steps), min(student.steps)}, reverse=True)
+    rows = [teacher_row(model, steps, guidance, args.sampler) for steps in (args.teacher_steps, *few)] + student.rows(model)
+    noise = column_noise(model, len(prompts), max(row.noises for row in rows), args.seed)
     draw_in_batches(rows[-1], noise, cond, args.batch_size)  # the first call of all is slower than the rest, and no row should pay for that
     drawn, first = [], None
     for row in rows:
@@ -267,7 +316,7 @@ def main():
         model.draw_rows(drawn, prompts, args.out)
     else:
         drawn = [(label, model.decode(x0, args.batch_size)) for label, x0 in drawn]
-        draw_grid(drawn, prompts, args.out)
+        draw_grid(drawn, [model.caption(prompt) for prompt in prompts] if hasattr(model, "caption") else prompts, args.out)
         if args.images:
             save_images(args.images, [(row, pictures) for row, (_, pictures) in zip(rows, drawn)], prompts, model, args)
     print(f"pictures: {args.out}" + (f", {args.images}/" if args.images else ""))

@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 import data
 import errors
 import eval as evaluation
+import judges
 import gmm
 import losses
 import models
@@ -809,18 +810,18 @@ def test_frechet_distance_in_closed_form():
     a = torch.randn(500, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
     b = 1.7 * a + 0.3
     expected = (b.mean(0) - a.mean(0)).square().sum() + 0.49 * a.T.cov().trace()
-    assert evaluation.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-9)
-    assert evaluation.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+    distance = lambda a, b: evaluation.frechet_distance(evaluation.Gaussian.of(a), evaluation.Gaussian.of(b))
+    assert distance(a, b) == pytest.approx(expected.item(), rel=1e-9)
+    assert distance(a, a) == pytest.approx(0, abs=1e-8)
 
 
 def test_judge_knows_real_pictures_when_they_are_moved():
-    judge = evaluation.Judge()
-    chosen = torch.arange(0, len(judge.captions), 15)
-    moved_pictures = judge.moved(chosen.tolist(), seed=3)
-    captions = [judge.captions[i] for i in chosen]
-    assert sum(index is not None for index in judge.right(moved_pictures, captions)) >= 0.97 * len(captions)
-    wrong = judge.right(moved_pictures, captions[1:] + captions[:1])
-    assert sum(index is not None for index in wrong) <= 0.05 * len(captions)
-    blur = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(moved_pictures, (5,) * 4, value=1.0), 11, 1)
-    assert sum(index is not None for index in judge.right(blur, captions)) <= 0.5 * len(captions)
-    assert judge.existing("cat") == sum("cat" in caption.split() for caption in judge.captions)
+    judge = judges.EmojiJudge()
+    captions = judge.captions[::15]
+    moved = judge.real(captions, seed=3)
+    right = lambda pictures, prompts: (judge({"whole": pictures}, prompts)["nearest"] >= 0).double().mean()
+    assert right(moved, captions) >= 0.97
+    assert right(moved, captions[1:] + captions[:1]) <= 0.05
+    blur = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(moved, (5,) * 4, value=1.0), 11, 1)
+    assert right(blur, captions) <= 0.5
+    assert judge.accepted("cat") == [i for i, caption in enumerate(judge.captions) if "cat" in caption.split()]

@@ -153,8 +153,8 @@ def test_recipe_of_the_plane_draws_samples_and_measures(tmp_path, capsys):
     assert (tmp_path / "run" / "pictures" / "000050.png").is_file()
     assert run("sample.py", "--student", tmp_path / "run", "--out", tmp_path / "points.png") == 0
     assert Image.open(tmp_path / "points.png").width > 3 * 250  # a panel a row
-    assert run("eval.py", "--student", tmp_path / "run", "--out", tmp_path / "numbers.json") == 0
-    rows = {row["label"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
+    assert run("eval.py", "--student", tmp_path / "run", "--out", tmp_path / "numbers") == 0
+    rows = {row["label"]: row for row in json.loads((tmp_path / "numbers" / "metrics.json").read_text())["rows"]}
     assert rows["target"]["kl"]["value"] < 0.1 < rows["student, 1 step"]["kl"]["value"]
 
 
@@ -334,13 +334,13 @@ def test_embedded_teacher_is_small():
 
 
 def test_eval_writes_every_number_with_its_error(finished, tmp_path):
-    out = tmp_path / "numbers.json"
+    out = tmp_path / "numbers"
     assert run("eval.py", "--student", finished, "--samples", 8, "--steps", 1, "--teacher-steps", 2, "--out", out) == 0
-    report = json.loads(out.read_text())
+    report = json.loads((out / "metrics.json").read_text())
     assert report["samples"] == 8
     assert [row["label"].split(",")[0] for row in report["rows"]] == ["teacher", "teacher", "teacher", "student", "real pictures"]
     for row in report["rows"]:
-        for name in ("alignment", "frechet", "mean", "deviation") + (() if row["label"] == "real pictures" else ("coverage",)):
+        for name in ("alignment", "coverage", "frechet", "mean", "deviation", "saturation", "diversity"):
             assert math.isfinite(row[name]["value"]) and row[name]["standard_error"] >= 0
     assert report["rows"][-1]["alignment"]["value"] >= 7 / 8
 
@@ -410,7 +410,8 @@ def bad_inputs():
         ("sample.py", ["--student", "{run}", "--prompts", ""], "holds no prompt"),
         ("sample.py", ["--student", "{run}", "--prompts", "cat", "--out", "/proc/nowhere/x.png"], "cannot be written"),
         ("sample.py", ["--student", "{run}", "--out", "{tmp}/grid.txt"], "should end in .png"),
-        ("eval.py", ["--student", "{run}", "--out", "{tmp}/absent/x.json"], "no directory"),
+        ("eval.py", ["--student", "{run}", "--out", "{tmp}/words.txt"], "is a file"),
+        ("eval.py", ["--student", "{run}", "--out", "/proc/nowhere"], "cannot be written to"),
         ("eval.py", ["--student", "{run}", "--samples", "5000"], "captions"),
     ]
 

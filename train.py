@@ -64,10 +64,10 @@ HEALTHY = {
 
 def add_method_flags(parser):
     method = parser.add_argument_group("method")
-    method.add_argument("--model", metavar="PATH", help="Stable Diffusion 1.5, 2 or XL as a diffusers directory, hub id or .safetensors file; gmm or "
-                                                        "gmm-imperfect (default: the embedded teacher)")
+    method.add_argument("--model", metavar="PATH", help="Stable Diffusion 1.5, 2 or XL as a diffusers directory, hub id or .safetensors file; EDM's .pkl or its "
+                                                        "UNet2DModel directory; emoji-classes, the embedded one of that kind; gmm or gmm-imperfect (default: emoji, the embedded text teacher)")
     method.add_argument("--prompts", metavar="FILE", help="training prompts: .txt, one a line, or a pickled list of them (default: the embedded set's captions)")
-    method.add_argument("--real", metavar="PATH", help="real data, for the GAN and --student-input data: latents made by `python data.py latents`, a folder of "
+    method.add_argument("--real", "--real-images", metavar="PATH", help="real data, for the GAN and --student-input data: latents made by `python data.py latents`, a folder of "
                                                        "pictures with captions, or DMD2's LMDB (default: the embedded set)")
     method.add_argument("--variant", choices=VARIANTS, help=f"preset of the switches below (default {DEFAULT_VARIANT})")
     method.add_argument("--student-steps", type=errors.positive, default=4, help="of the few-step sampler it is trained for")
