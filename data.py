@@ -344,10 +344,13 @@ def list_pictures(folder, labels=False):
 
 
 def list_archive(path):
-    """The same of EDM's zip: pictures, and dataset.json with {"labels": [[name, label], ...]}."""
+    """The same of EDM's zip: pictures, and dataset.json with {"labels": [[name, label], ...]}, or {"labels": null} where there are none."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return sorted((str(name), str(int(label))) for name, label in json.loads(archive.read("dataset.json"))["labels"])
+            labels = json.loads(archive.read("dataset.json"))["labels"]
+            if labels is None:
+                return sorted((name, None) for name in archive.namelist() if Path(name).suffix.lower() in SUFFIXES)
+            return sorted((str(name), str(int(label))) for name, label in labels)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no archive of pictures with a dataset.json of labels: {type(error).__name__} {error}") from None
 

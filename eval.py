@@ -408,7 +408,7 @@ class Setting:
         count, repeated = args.samples or protocol.samples, []
         if args.prompts or protocol.prompts == "a file":
             if not args.prompts and not hasattr(self.model, "labels"):
-                raise UserError(f"--protocol {self.name} needs --prompts FILE, a line each or a pickled list. For COCO's: hf download tianweiy/DMD2 captions_coco14_test.pkl (recipes/README.md)")
+                raise UserError(f"--protocol {self.name} needs --prompts FILE, a line each or a pickled list. recipes/README.md says where COCO's are")
             known = data.read_prompts(args.prompts) if args.prompts else self.model.prompts
             if hasattr(self.model, "labels"):
                 known = [str(label) for label in self.model.encode(known)["class_labels"].tolist()]

@@ -211,15 +211,17 @@ class PickScore(Clip):
 
 
 class ImageReward:
-    """ImageReward (2304.05977), by its authors' package, which brings or fetches the weights itself."""
+    """ImageReward (2304.05977), by its authors' package, which brings or fetches the weights itself; beside a file of weights it wants med_config.json."""
 
     def __init__(self, path, device):
         try:
             import ImageReward as package
         except ImportError as error:
-            raise UserError(f"--image-reward needs a package that cannot be imported ({models.first_line(error)}): pip install image-reward") from None
+            raise UserError(f"--image-reward needs a package that is not installed or cannot be imported ({models.first_line(error)}): pip install image-reward, which itself needs OpenAI's clip and a "
+                            "transformers before 5") from None
+        config = Path(path).parent / "med_config.json"
         try:
-            self.network = package.load(str(path), device=str(device))
+            self.network = package.load(str(path), device=str(device), med_config=str(config) if Path(path).is_file() and config.is_file() else None)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"--image-reward {path} is not on this machine and cannot be fetched: {models.first_line(error)}. Where there is a network: hf download THUDM/ImageReward "
                             "--local-dir DIR, then --image-reward DIR/ImageReward.pt") from None

@@ -4,6 +4,7 @@
     python sample.py --prompts "cat face" "red apple" "crescent moon" # words ...
     python sample.py --prompts prompts.txt --out grid.png             # ... or a file, one prompt a line
     python sample.py --student runs/mine --steps 4 1 --guidance 5     # another run; rows for 4 and 1 student steps
+    python sample.py --student runs/imagenet --prompts 207 "giant panda" --teacher-steps 18    # classes, by number or name
     python sample.py --student dmd2_sdxl_4step_unet_fp16.bin --model stabilityai/stable-diffusion-xl-base-1.0 --dtype fp16 --images out
 
 Rows: the teacher at --teacher-steps with guidance, the teacher at the most and the fewest steps of the student (what
@@ -95,6 +96,11 @@ def draw_grid(rows, columns, path):
             tile = to_image(picture).resize((size * zoom, size * zoom), Image.Resampling.BICUBIC)
             sheet.paste(tile, (left + cell * i + 4, top + cell * j + 4))
     save_picture(sheet, path)
+
+
+def captions(model, prompts):
+    """What columns are called: a class has a number and a name."""
+    return [model.caption(prompt) for prompt in prompts] if hasattr(model, "caption") else prompts
 
 
 def to_image(picture):
@@ -316,7 +322,7 @@ def main():
         model.draw_rows(drawn, prompts, args.out)
     else:
         drawn = [(label, model.decode(x0, args.batch_size)) for label, x0 in drawn]
-        draw_grid(drawn, [model.caption(prompt) for prompt in prompts] if hasattr(model, "caption") else prompts, args.out)
+        draw_grid(drawn, captions(model, prompts), args.out)
         if args.images:
             save_images(args.images, [(row, pictures) for row, (_, pictures) in zip(rows, drawn)], prompts, model, args)
     print(f"pictures: {args.out}" + (f", {args.images}/" if args.images else ""))

@@ -409,6 +409,18 @@ def test_prompts_of_a_class_conditional_model_are_labels_or_names(tmp_path, caps
     assert "'12' is no prompt of" in capsys.readouterr().err and not (tmp_path / "bad" / "metrics.json").exists()
 
 
+def test_a_text_model_with_prompts_of_a_file(clip_folder, tmp_path, capsys):
+    """A model that is not embedded: as-is, repeated prompts for diversity, fewer samples than the protocol's said in the table."""
+    shutil.copytree(data.EMOJI_TEACHER, tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("cat face\nred apple\nrocket\n")
+    flags = ["--model", tmp_path / "model", "--teacher-only", "--teacher-steps", 2, "--device", "cpu"]
+    assert run("eval.py", *flags, "--prompts", tmp_path / "prompts.txt", "--clip", clip_folder, "--out", tmp_path / "out") == 0
+    found = report(tmp_path / "out")
+    assert (found["samples"], found["repeated_prompts"]) == (3, 24) and {"clip tiny-clip", "diversity"} <= found["rows"][0].keys()
+    assert "WARNING: 3 of the 1,000 samples of as-is" in (tmp_path / "out" / "table.txt").read_text()
+    assert run("eval.py", *flags, "--out", tmp_path / "none") == 2 and "needs --prompts FILE" in capsys.readouterr().err
+
+
 def test_names_of_classes(tmp_path):
     model = models.load_model("emoji-classes")
     assert model.encode(["cat", "7", ""])["class_labels"].tolist() == [7, 7, 10] and model.caption("7") == "7 cat"

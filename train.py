@@ -540,7 +540,7 @@ class Gallery:
         if fsdp.first():
             sample.draw_grid([self.teacher, (row.label, decode(x)), (f"teacher's x0 of it\ndiffused to t = {t}", decode(x0_real)),
                               ("fake score's x0\nof the same", decode(x0_fake))],
-                             self.prompts, path)
+                             sample.captions(networks.model, self.prompts), path)
         return path
 
 
@@ -712,6 +712,8 @@ def prepare(args, mesh=None):
     levels = len(model.schedule) if args.first_timestep is None else args.first_timestep + 1
     if not args.student_steps <= levels <= len(model.schedule):
         raise errors.UserError(f"--student-steps {args.student_steps} and --first-timestep {levels - 1} do not fit the model's {len(model.schedule)} noise levels")
+    if model.prediction == "edm" and args.guidance != 1:
+        fsdp.say(f"warning: --guidance {args.guidance:g}: EDM's networks learnt every picture with its label, and what they say without one guides nowhere; --guidance 1 is none")
     fsdp.share(args.batch_size)
     if args.track:
         import_tracker(args.track)
