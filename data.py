@@ -399,12 +399,12 @@ class PictureFiles:
         file = self.entries[i][0]
         return io.BytesIO(self.archive.read(file)) if self.archive else file
 
-    def size(self, i):
-        """Bytes of the file; 0 where there is none."""
+    def stamp(self, i):
+        """What changes when the file does."""
         file = self.entries[i][0]
         if self.archive:
-            return self.archive.getinfo(file).file_size if file in self.archive.NameToInfo else 0
-        return file.stat().st_size if file.is_file() else 0
+            return self.archive.getinfo(file).CRC if file in self.archive.NameToInfo else 0
+        return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else 0
 
 
 class PictureReader(PictureFiles):

@@ -70,8 +70,8 @@ DRAWS = 20  # of a bootstrap
 
 @dataclass
 class Figure:
-    """A number with its standard error. values: what it is the mean of, sample by sample; draws: what it is on bootstrap draws. Of two rows that were
-    drawn from the same noise these tell the error of the difference."""
+    """A number with its standard error. values: what it is the mean of, sample by sample; draws: what it is on bootstrap draws. From these comes the
+    error of a difference: smaller for rows of the same noise, and right for rows that have nothing to do with each other."""
     value: float
     error: float
     values: torch.Tensor | None = None
@@ -234,7 +234,7 @@ def drawn(setting, row, key):
         noise = sample.column_noise(model, stop - start, row.noises, args.seed, first=start)
         return list(enumerate(model.decode(row.draw(noise, model.encode(prompts[start:stop]))), start)), {}
 
-    key = key | {"row": row.label, "model": model.name, "seed": args.seed, "dtype": args.dtype, "vae": args.vae, "sampler": args.sampler, "first timestep": args.first_timestep}
+    key = key | {"model": model.name, "seed": args.seed, "dtype": args.dtype, "vae": args.vae}
     return Source(row.label.replace("\n", ", "), key, prompts, setting.counted, pictures)
 
 
@@ -252,7 +252,7 @@ def on_disk(folder, label=None, most=None):
                 bad[str(entries[i][0])] = str(error) or type(error).__name__
         return found, bad
 
-    digest = hashlib.sha256(json.dumps([[str(file), files.size(i)] for i, (file, _) in enumerate(entries)]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([[str(file), files.stamp(i)] for i, (file, _) in enumerate(entries)]).encode()).hexdigest()
     return Source(label or str(folder), {"kind": "folder", "files": digest}, [caption or "" for _, caption in entries], len(entries), pictures)
 
 
@@ -317,6 +317,8 @@ def reference_of_folder(path, setting, extractor):
     fsdp.from_all(None)
     judged, bad = read_parts(files)
     setting.check_bad(path, bad, len(source.prompts))
+    if setting.protocol.reference not in (None, len(judged["index"])):
+        setting.warnings.append(f"the reference has {len(judged['index']):,} pictures; that of {setting.name} has {setting.protocol.reference:,}")
     found = {name.partition(" ")[2]: values for name, values in judged.items() if name.startswith("features ")}
     return {view: {"gaussian": Gaussian.of(features), "features": features} for view, features in found.items()}
 
@@ -424,8 +426,6 @@ class Setting:
             chosen = torch.randperm(len(self.judge.captions), generator=torch.Generator().manual_seed(args.seed))[:count]
             prompts = [self.judge.captions[i] for i in chosen]
             repeated = [word for word in COVERAGE_WORDS for _ in range(COVERAGE_SAMPLES * COVERAGE_REPEATS)]
-        if len(prompts) < protocol.samples and not self.judge:
-            self.warnings.append(f"{len(prompts):,} of the {protocol.samples:,} samples of {self.name}: compares with nothing that is published")
         return prompts + ([] if args.no_coverage else repeated), len(prompts)
 
     def check_bad(self, where, bad, count):
@@ -444,11 +444,14 @@ class Setting:
         for source, parts in zip(sources, files) if fsdp.first() else ():
             judged, bad = read_parts(parts)
             self.check_bad(source.label, bad, len(source.prompts))
-            if source.key["kind"] == "folder" and source.counted < self.protocol.samples:
-                self.warnings.append(f"{source.label} has {source.counted:,} of the {self.protocol.samples:,} pictures of {self.name}: compares with nothing that is published")
             prompts = [source.prompts[i] for i in judged["index"].tolist()]
             count = int((judged.pop("index") < source.counted).sum())
-            table.append((source.label, figures_of(judged, prompts, count, self.reference, self.judge, self.args.seed)))
+            figures = figures_of(judged, prompts, count, self.reference, self.judge, self.args.seed)
+            if self.protocol.published and count < self.protocol.samples:
+                self.warnings.append(f"{source.label}: {count:,} of the {self.protocol.samples:,} pictures of {self.name} compare with nothing that is published")
+            elif "fid" in figures and count < 2048:
+                self.warnings.append(f"{source.label}: a fid of {count:,} pictures, fewer than features, says little")
+            table.append((source.label, figures))
         return table
 
 
@@ -568,14 +571,14 @@ def teacher_rows(setting, guidance, steps, undistilled):
     rows = [sample.teacher_row(model, args.teacher_steps, guidance, args.sampler)]
     for scale in dict.fromkeys((guidance, 1.0)) if undistilled else ():
         rows += [sample.teacher_row(model, few, scale, args.sampler) for few in steps]
-    return [drawn(setting, row, key) for row in rows]
+    return [drawn(setting, row, key | {"row": row.label}) for row in rows]
 
 
 def student_rows(setting, students):
     rows = []
     for student in students:
-        key = {"kind": "student", "weights": models.fingerprint(student.denoiser)}
-        rows += [drawn(setting, row, key) for row in student.rows(setting.model)]
+        key = {"kind": "student", "weights": models.fingerprint(student.denoiser), "first timestep": student.first_timestep}
+        rows += [drawn(setting, row, key | {"steps": steps}) for steps, row in zip(student.steps, student.rows(setting.model))]
     return rows
 
 
@@ -602,11 +605,13 @@ def evaluate(args):
     if not fsdp.first():
         return
     weights = {source.label: source.key["weights"] for source in sources if "weights" in source.key}
-    health = {student.name: health_of(student.path) for student in students if health_of(student.path)}
+    health = {student.name: found for student in students if (found := health_of(student.path))}
     shown = [(label, own) for label, own in differences(table) if any(label == source.label and source.key["kind"] in ("student", "folder") for source in sources)]
     text = table_text(table, setting.warnings) + ("\n\n" + differences_text(shown, table[0][0]) if shown else "")
     for name, figures in health.items():
         text += f"\n\nhealth of {name} while it trained, over its last rows: " + ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
+    if setting.protocol.published:
+        text += f"\n\npublished: {setting.protocol.published}"
     write_report(Path(args.out), report_of(setting, table, weights, time.perf_counter() - began, health), text)
     print(f"{setting.counted or 'all'} samples by {setting.name}" + (f"; {len(setting.prompts) - setting.counted} more of repeated prompts" if len(setting.prompts) > setting.counted else ""))
     print(text + f"\nnumbers: {args.out}/metrics.json")
@@ -628,7 +633,6 @@ def watch(args, pause=5.0):
     """Evaluate a run's checkpoints as they appear, until it has made all its iterations."""
     run, out = Path(args.watch), Path(args.out)
     config = checkpoint.read_configuration(run)
-    args.student = str(run)  # for what its flags say
     model, setting, rows = None, None, read_rows(out / "watch.jsonl")
     while True:
         new = [folder for folder in reversed(checkpoint.complete_checkpoints(run)) if int(folder.name) not in {row["iteration"] for row in rows}]
@@ -651,8 +655,7 @@ def watch(args, pause=5.0):
             names = list(dict.fromkeys(name for row in rows for name in row if name != "iteration"))
             sample.draw_curves({name: [(row["iteration"], row[name]) for row in rows if name in row] for name in names}, out / "curves.png")
             print(f"iteration {folder.name}: " + ", ".join(f"{name} {cell(figure.value, figure.error)}" for name, figure in figures.items()))
-        newest = max((int(folder.name) for folder in checkpoint.complete_checkpoints(run)), default=0)
-        if newest >= config["iterations"]:
+        if any(row["iteration"] >= config["iterations"] for row in rows):
             print(f"the run has made its {config['iterations']} iterations; numbers: {out}/watch.jsonl, curves: {out}/curves.png")
             return
         if not new:

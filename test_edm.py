@@ -118,6 +118,26 @@ def test_a_table_without_a_row_for_no_label_gets_one(model):
     assert edm.with_no_label(network).class_embedding.weight.shape[0] == 11 and not network.class_embedding.weight[10].any()
 
 
+def test_the_maker_of_the_class_conditional_teacher_resumes_and_writes_a_network(tmp_path):
+    flags = ["classes", "--work", tmp_path / "work", "--out", tmp_path / "teacher", "--batch-size", 4, "--pictures", 3, "--dtype", "float32", "--device", "cpu"]
+    assert run("make_teacher.py", *flags, "--class-iterations", 2) == 0
+    assert run("make_teacher.py", *flags, "--class-iterations", 3) == 0
+    assert torch.load(tmp_path / "work" / "classes.pt", weights_only=True)["iteration"] == 3
+    made, embedded = models.load_model(tmp_path / "teacher"), models.load_model("emoji-classes")
+    assert made.labels == embedded.labels == 10 and made.names == list(data.EMOJI_CLASSES)
+    assert {name: p.shape for name, p in made.teacher.named_parameters()} == {name: p.shape for name, p in embedded.teacher.named_parameters()}
+
+
+def test_the_embedded_class_conditional_data_are_drawn_class_by_class():
+    """Each class as often, whatever the number of its pictures; a view is the same picture whenever it is drawn."""
+    real = data.real_data(models.load_model("emoji-classes"))
+    x, labels = real.draw(data.Draws(0, 0, 2000))
+    counts = torch.bincount(torch.tensor([int(label) for label in labels]), minlength=10)
+    assert counts.min() > 150 and counts.max() < 250 and x.shape == (2000, 3, 16, 16)
+    again, same = data.real_data(models.load_model("emoji-classes")).draw(data.Draws(0, 0, 2000))
+    assert torch.equal(x, again) and same == labels
+
+
 # ---------------------------------------------------------------------------------------------------- precision and samplers
 
 def test_noise_levels_stay_apart_in_bfloat16(model):

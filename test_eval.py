@@ -153,6 +153,8 @@ def test_pictures_of_several_sizes_are_refused_unless_something_makes_them_alike
     several = [torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)]
     with pytest.raises(UserError, match="several sizes, such as 8x8 and 8x9"):
         judges.views_of(several, judges.PROTOCOLS["as-is"])
+    with pytest.raises(UserError, match="a picture has 32x32 pixels; this protocol compares pictures of 64x64"):
+        judges.views_of([torch.zeros(3, 64, 64), torch.zeros(3, 32, 32)], judges.PROTOCOLS["imagenet64-50k"])
     assert judges.views_of(several, judges.PROTOCOLS["coco30k-256"])["whole"].shape == (2, 3, 256, 256)
 
 
@@ -197,7 +199,7 @@ def test_numbers_are_those_of_torch_fidelity_s_own_command(inception, two_folder
     for name, theirs in (("kid", "kernel_inception_distance_mean"), ("is", "inception_score_mean"), ("precision", "precision"), ("recall", "recall")):
         assert own[name]["value"] == pytest.approx(library[theirs], rel=1e-4, abs=1e-9), name
     warnings = report(tmp_path)["warnings"]
-    assert any("not the published ones" in text for text in warnings) and any("12 of the 1,000 pictures of as-is" in text for text in warnings)
+    assert any("not the published ones" in text for text in warnings) and any("a fid of 12 pictures, fewer than features" in text for text in warnings)
 
 
 def test_statistics_of_a_reference_give_what_its_folder_gives(inception, two_folders, tmp_path, capsys):
@@ -249,7 +251,7 @@ def test_patch_fid_reads_the_picture_as_it_was_drawn(inception, tmp_path):
     assert run("eval.py", "--pictures", tmp_path / "a", "--reference", tmp_path / "b", *flags, "--out", tmp_path / "same") == 0
     own = rows(tmp_path / "same")[str(tmp_path / "a")]
     assert own["fid"]["value"] == pytest.approx(0, abs=1e-4) and own["patch fid"]["value"] == pytest.approx(0, abs=1e-4)
-    assert "6 of the 10,000 pictures of coco10k-512" in " ".join(report(tmp_path / "same")["warnings"])
+    assert "6 of the 10,000 pictures of coco10k-512" in " ".join(report(tmp_path / "same")["warnings"]) and "published: SDXL" in (tmp_path / "same" / "table.txt").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------- CLIP and PickScore
@@ -410,14 +412,13 @@ def test_prompts_of_a_class_conditional_model_are_labels_or_names(tmp_path, caps
 
 
 def test_a_text_model_with_prompts_of_a_file(clip_folder, tmp_path, capsys):
-    """A model that is not embedded: as-is, repeated prompts for diversity, fewer samples than the protocol's said in the table."""
+    """A model that is not embedded: as-is, repeated prompts for diversity, and CLIP."""
     shutil.copytree(data.EMOJI_TEACHER, tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("cat face\nred apple\nrocket\n")
     flags = ["--model", tmp_path / "model", "--teacher-only", "--teacher-steps", 2, "--device", "cpu"]
     assert run("eval.py", *flags, "--prompts", tmp_path / "prompts.txt", "--clip", clip_folder, "--out", tmp_path / "out") == 0
     found = report(tmp_path / "out")
     assert (found["samples"], found["repeated_prompts"]) == (3, 24) and {"clip tiny-clip", "diversity"} <= found["rows"][0].keys()
-    assert "WARNING: 3 of the 1,000 samples of as-is" in (tmp_path / "out" / "table.txt").read_text()
     assert run("eval.py", *flags, "--out", tmp_path / "none") == 2 and "needs --prompts FILE" in capsys.readouterr().err
 
 
@@ -452,6 +453,18 @@ def test_bad_input(flags, says, tmp_path, capsys):
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
+def test_the_embedded_set_judges_pictures_with_captions_only(tmp_path, capsys):
+    folder = pictures(tmp_path / "some", 2, size=64)
+    assert run("eval.py", "--protocol", "emoji", "--pictures", folder, "--out", tmp_path / "out") == 2
+    assert "nothing in the embedded set is right for the prompt ''" in capsys.readouterr().err
+    for i, caption in enumerate(("cat face", "red apple")):
+        own = judges.EmojiJudge().real([caption], seed=i)[0]
+        judges.to_pil(own).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(caption)
+    assert run("eval.py", "--protocol", "emoji", "--pictures", folder, "--out", tmp_path / "out") == 0
+    assert rows(tmp_path / "out")[str(folder)]["alignment"]["value"] == 1
+
+
 def test_students_of_different_teachers_need_one_to_be_named(class_runs, tmp_path, capsys):
     shutil.copytree(class_runs[0], tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
@@ -467,6 +480,9 @@ def test_corrupt_pictures_are_named_and_counted(tmp_path, capsys):
     found = report(tmp_path / "out")
     assert list(found["left_out"]) == [str(folder / "003.png")] and any("1 of 150 pictures" in text for text in found["warnings"])
     assert "WARNING: 1 of 150 pictures" in (tmp_path / "out" / "table.txt").read_text()
+    mean = rows(tmp_path / "out")[str(folder)]["mean"]["value"]
+    Image.new("RGB", (32, 32)).save(folder / "005.png")  # another picture under the name is noticed
+    assert run("eval.py", "--pictures", folder, "--out", tmp_path / "out") == 0 and rows(tmp_path / "out")[str(folder)]["mean"]["value"] < mean
     (folder / "004.png").write_text("no picture")
     assert run("eval.py", "--pictures", folder, "--out", tmp_path / "bad") == 2
     assert "2 of the 150 pictures in" in capsys.readouterr().err and not (tmp_path / "bad" / "metrics.json").exists()
