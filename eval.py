@@ -10,7 +10,7 @@
     torchrun --standalone --nproc_per_node=8 eval.py ...       # shared out; the numbers are those of one process
 
 --out holds metrics.json, table.txt and parts/: what each picture was judged to be, by which an interrupted evaluation goes on where it was, and
-a later one does not draw the same pictures again. Delete parts/ when you are done: 50,000 pictures make 0.8 GB.
+the same command, or one with other rows, does not draw the same pictures again. Delete parts/ when you are done: 50,000 pictures make 0.8 GB.
 
 What is measured depends on the model, or on --protocol; each row of the table is measured alike:
 
@@ -29,18 +29,19 @@ What is measured depends on the model, or on --protocol; each row of the table i
 
 A run on gmm.py's plane gets that file's figures instead, from four times 4096 samples; `measure` there says what they are.
 
-+- is a standard error: over samples where a figure is a mean, over 20 bootstrap draws of the samples for Frechet distances, over its 100 subsets and 10 splits for
-kid and is, over repetitions for coverage, over prompts for diversity. The second table has differences to the teacher with 95 % intervals; where both rows were drawn from the same
++- is a standard error: over samples where a figure is a mean, over 20 bootstrap draws of the samples for Frechet distances, over 10 splits for is, over subsets of 1,000 for
+kid (of ten thousand pictures or more; else ?), over repetitions for coverage, over prompts for diversity. The second table has differences to the teacher with 95 % intervals; where both rows were drawn from the same
 noise, sample by sample, the interval is of the paired differences.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
 import platform
-import re
+import shutil
 import sys
 import time
 import zipfile
@@ -142,9 +143,12 @@ def library_figures(features, logits, reference):
     from torch_fidelity.metric_prc import calculate_precision_recall_part
     figures = {}
     if reference is not None:
-        subset = min(1000, len(features), len(reference))
+        most = min(len(features), len(reference))
+        subset = min(1000, most)
         found = kid_features_to_metric(features, reference, kid_subset_size=subset, verbose=False)
-        figures["kid"] = Figure(found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"] / math.sqrt(100))
+        independent = min(100, most // subset)  # subsets; where they share most of their samples their spread says nothing
+        error = found["kernel_inception_distance_std"] / math.sqrt(independent) if independent >= 10 else math.nan
+        figures["kid"] = Figure(found["kernel_inception_distance_mean"], error)
         if min(len(features), len(reference)) > 3:
             precision, recall = calculate_precision_recall_part(features, reference)
             error = lambda share, count: math.sqrt(share * (1 - share) / count)
@@ -232,10 +236,14 @@ def drawn(setting, row, key):
 
     def pictures(start, stop):
         noise = sample.column_noise(model, stop - start, row.noises, args.seed, first=start)
-        return list(enumerate(model.decode(row.draw(noise, model.encode(prompts[start:stop]))), start)), {}
+        made = model.decode(row.draw(noise, model.encode(prompts[start:stop])))
+        if not made.isfinite().all():
+            raise UserError(f"{label}: what it draws holds values that are no numbers" + (" (--dtype float32 may help)" if args.dtype != "float32" else ""), status=1)
+        return list(enumerate(made, start)), {}
 
-    key = key | {"model": model.name, "seed": args.seed, "dtype": args.dtype, "vae": args.vae}
-    return Source(row.label.replace("\n", ", "), key, prompts, setting.counted, pictures)
+    label = row.label.replace("\n", ", ")
+    key = key | {"seed": args.seed, "dtype": args.dtype} | models.prints(model)
+    return Source(label, key, prompts, setting.counted, pictures)
 
 
 def on_disk(folder, label=None, most=None):
@@ -279,7 +287,7 @@ def judge_pictures(source, all_judges, protocol, folder, batch):
                 texts, judged = [source.prompts[i] for i, _ in found], {"index": torch.tensor([i for i, _ in found], dtype=torch.int64)}
                 views = judges.views_of([picture for _, picture in found], protocol) if found else {}
                 for judge in all_judges if found else ():
-                    judged |= judge(views, texts)
+                    judged |= judge([picture for _, picture in found], views, texts)
                 data.write_shard(files[number], {name: values.contiguous() for name, values in judged.items()}, texts, bad)
             bar.update(min((stop - start) * fsdp.world(), bar.total - bar.n))
     return files
@@ -302,45 +310,55 @@ def read_parts(files):
     full = [part for part in parts if len(part["index"])]
     if not full:
         raise UserError(f"none of the {len(bad)} pictures can be used: " + "; ".join(f"{file}: {why}" for file, why in list(bad.items())[:3]))
-    sizes = {tuple(part["thumbnail"].shape[1:]) for part in full if "thumbnail" in part}
+    sizes = {tuple(size) for part in full for size in part.pop("size").tolist()}
     if len(sizes) > 1:
-        raise UserError(f"the pictures have several sizes (thumbnails of {sorted(sizes)}), and nothing makes them alike: name a --protocol that resizes")
+        judges.refuse_sizes(sizes)
     return {name: torch.cat([part[name] for part in full]) for name in full[0]}, bad
 
 
 # ---------------------------------------------------------------------------------------------------- references
 
-def reference_of_folder(path, setting, extractor):
-    """{view: {"gaussian", "features"}} of all pictures in a folder, and what is to be said of them."""
+REFERENCE_FEATURES = 50_000  # the most of a reference's pictures that kid, precision and recall are computed with
+
+
+def reference_of_folder(path, setting):
+    """{view: {"gaussian", "features"}} of all pictures in a folder, in the first process, and what is to be said of them."""
     source = on_disk(path, "reference")
-    files = judge_pictures(source, [extractor], setting.protocol, setting.parts, setting.args.batch_size)
+    files = judge_pictures(source, [judges.Gauges(), setting.extractor], setting.protocol, setting.parts, setting.args.batch_size)
     fsdp.from_all(None)
+    if not fsdp.first():
+        return {}, {}
     judged, bad = read_parts(files)
     setting.check_bad(path, bad, len(source.prompts))
-    if setting.protocol.reference not in (None, len(judged["index"])):
-        setting.warnings.append(f"the reference has {len(judged['index']):,} pictures; that of {setting.name} has {setting.protocol.reference:,}")
+    count = len(judged["index"])
+    if count < 2:
+        raise UserError(f"--reference {path} holds {count} picture: no statistics can be made of it")
     found = {name.partition(" ")[2]: values for name, values in judged.items() if name.startswith("features ")}
-    return {view: {"gaussian": Gaussian.of(features), "features": features} for view, features in found.items()}
+    some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:REFERENCE_FEATURES].sort().values
+    return {view: {"gaussian": Gaussian.of(features), "features": features[some]} for view, features in found.items()}, {"count": count, "left out": len(bad)}
 
 
-def write_reference(path, setting, extractor):
+def write_reference(path, setting):
     """EDM's .npz, mu and sigma, with features and what they are of besides."""
-    reference = reference_of_folder(setting.args.reference, setting, extractor)
+    reference, about = reference_of_folder(setting.args.reference, setting)
+    if not fsdp.first():
+        return
     arrays = {}
     for view, known in reference.items():
         end = "" if view == "whole" else f" {view}"
         arrays |= {f"mu{end}": known["gaussian"].mean.numpy(), f"sigma{end}": known["gaussian"].covariance.numpy(), f"features{end}": known["features"].numpy()}
-    about = json.dumps(extractor.about | {"protocol": setting.name, "count": len(reference["whole"]["features"])})
+    text = json.dumps(setting.extractor.about | {"protocol": setting.name} | about)
 
     def write(partial):
         with open(partial, "wb") as file:
-            np.savez(file, about=about, **arrays)
+            np.savez(file, about=text, **arrays)
 
     checkpoint.replace_file(path, write)
-    print(f"reference: {path}, {len(reference['whole']['features'])} pictures")
+    setting.check_reference(about)
+    print(f"reference: {path}, {about['count']} pictures" + "".join(f"\nWARNING: {warning}" for warning in setting.warnings))
 
 
-def reference_of_file(path, setting, extractor):
+def reference_of_file(path, setting):
     """The same of an .npz, EDM's or one that write_reference wrote."""
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -354,14 +372,14 @@ def reference_of_file(path, setting, extractor):
         raise UserError(f"--reference {path} is of another feature extractor: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}; Inception's 2,048 features are expected")
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise UserError(f"--reference {path} has values that are no numbers")
-    present = extractor.about | {"protocol": setting.name}
+    present = setting.extractor.about | {"protocol": setting.name}
     other = [f"{name} was {about[name]}, is {present[name]}" for name in about if name in present and about[name] != present[name]]
     if other:
         raise UserError(f"--reference {path} was made in another way: {'; '.join(other)}")
     reference = {"whole": {"gaussian": Gaussian(mu.double(), sigma.double())} | ({"features": arrays["features"]} if "features" in arrays else {})}
     if "mu patch" in arrays:
         reference["patch"] = {"gaussian": Gaussian(arrays["mu patch"].double(), arrays["sigma patch"].double())}
-    return reference
+    return reference, about
 
 
 # ---------------------------------------------------------------------------------------------------- what is measured, and how
@@ -377,25 +395,36 @@ class Setting:
         self.judge = {"emoji": judges.EmojiJudge, "emoji-classes": lambda: judges.EmojiJudge(16, data.emoji_classes())}.get(self.name, lambda: None)()
         self.prompts, self.counted = self.choose_prompts() if model else ([], 0)
         self.judges = [judges.Gauges()] + [self.judge] * (self.judge is not None)
-        self.reference, extractor = {}, None
+        self.reference, self.extractor = {}, None
         if args.inception or args.reference:
-            extractor = judges.Inception(args.inception or inception_in_cache(), self.protocol.resize, args.device)
-            self.judges.append(extractor)
-            if not extractor.published:
+            self.extractor = judges.Inception(args.inception or inception_in_cache(), self.protocol.resize, args.device)
+            self.judges.append(self.extractor)
+            if not self.extractor.published:
                 self.warnings.append("the Inception weights are not the published ones: fid, kid, is, precision and recall compare with nothing")
-        self.judges += [judges.Clip(judges.CLIP_NAMES.get(path.lower(), path), f"clip {Path(path).name if Path(path).is_dir() else path}", args.device) for path in args.clip or ()]
+        clips = {f"clip {Path(path).name if Path(path).is_dir() else path}": path for path in args.clip or ()}
+        if len(clips) < len(args.clip or ()):
+            raise UserError("--clip: two of these folders have the same name")
+        self.judges += [judges.Clip(judges.CLIP_NAMES.get(path.lower(), path), name, args.device) for name, path in clips.items()]
         self.judges += [judges.PickScore(args.pickscore, "pickscore", args.device)] if args.pickscore else []
         self.judges += [judges.ImageReward(args.image_reward, args.device)] if args.image_reward else []
-        self.extractor = extractor
         if self.judge:
             features = self.judge.reference()
             self.reference["layout"] = {"gaussian": Gaussian.of(features), "features": features}
         if args.reference and not args.write_reference:
-            read = reference_of_file if Path(args.reference).suffix == ".npz" else reference_of_folder
-            self.reference |= read(args.reference, self, extractor)
-            seen = self.reference["whole"].get("features")
-            if seen is None:
-                self.warnings.append("the reference holds mu and sigma only: kid, precision and recall need its features (--reference FOLDER, or --write-reference)")
+            found, about = (reference_of_file if Path(args.reference).suffix == ".npz" else reference_of_folder)(args.reference, self)
+            self.reference |= found
+            self.check_reference(about)
+
+    def check_reference(self, about):
+        """What is to be said of a reference: {"count", "left out"}, as far as that is known."""
+        if self.protocol.reference and about.get("count", self.protocol.reference) != self.protocol.reference:
+            self.warnings.append(f"the reference has {about['count']:,} pictures; that of {self.name} has {self.protocol.reference:,}")
+        if about.get("left out") and not self.bad:
+            self.warnings.append(f"the reference was made without {about['left out']} pictures that could not be used")
+        missing = [f"{view} fid" for view in self.protocol.views if view != "whole" and "whole" in self.reference and view not in self.reference]
+        missing += ["kid, precision and recall"] * ("whole" in self.reference and "features" not in self.reference["whole"])
+        if missing:
+            self.warnings.append(f"the reference does not hold what {', '.join(missing)} need: --reference FOLDER, or --write-reference makes a file that does")
 
     def check_model(self):
         size = getattr(self.model, "picture_size", None)
@@ -508,30 +537,44 @@ def versions():
 
 
 def health_of(path):
-    """Means of the run's own figures over its last 50 rows, which know of the fake score; nothing of a student that is no run."""
-    run, _ = checkpoint.locate(path)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[-50:]] if (run / "metrics.jsonl").is_file() else []
+    """Means of the run's own figures, which know of the fake score, over the 50 rows before its end or before that checkpoint; nothing of a student that is no run."""
+    run, named = checkpoint.locate(path)
+    rows = []
+    for line in (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else ():
+        with contextlib.suppress(ValueError):  # a run that goes on may be writing its last line
+            rows.append(json.loads(line))
+    rows = [row for row in rows if not named or row["iteration"] <= int(named.name)][-50:]
     names = [name for name in ("std", "gap", "cosine", "dm", "ca", "logit_accuracy", "fake_loss") if rows and name in rows[-1]]
     return {name: sum(row[name] for row in rows if name in row) / sum(name in row for row in rows) for name in names}
 
 
-def report_of(setting, table, weights, seconds, health=None):
+def finite(number):
+    """None for what JSON knows no number for."""
+    return number if math.isfinite(number) else None
+
+
+def interval(value, error):
+    return [finite(value - 1.96 * error), finite(value + 1.96 * error)]
+
+
+def json_figures(figures):
+    return {name: {"value": finite(figure.value), "standard_error": finite(figure.error), "interval_95": interval(figure.value, figure.error)} for name, figure in figures.items()}
+
+
+def report_of(setting, table, weights, seconds, health):
     """All that metrics.json says."""
     args = setting.args
-    known = lambda *numbers: [number if math.isfinite(number) else None for number in numbers]  # JSON knows no NaN
-    interval = lambda value, error: known(value - 1.96 * error, value + 1.96 * error)
-    figures = lambda own: {name: {"value": figure.value, "standard_error": known(figure.error)[0], "interval_95": interval(figure.value, figure.error)} for name, figure in own.items()}
     return {"protocol": setting.name, "about": setting.protocol.about, "command": sys.argv[1:], "model": setting.model and setting.model.name, "samples": setting.counted, "repeated_prompts": len(setting.prompts) - setting.counted,
             "prompts_sha256": hashlib.sha256("\n".join(setting.prompts).encode()).hexdigest(), "seed": args.seed, "guidance": args.guidance, "teacher_steps": args.teacher_steps, "sampler": args.sampler,
             "dtype": args.dtype, "device": args.device, "processes": fsdp.world(), "batch_size": args.batch_size, "coverage_samples": COVERAGE_SAMPLES, "coverage_repeats": COVERAGE_REPEATS,
-            "reference": args.reference, "weights": weights | {name: value for judge in setting.judges for name, value in judge.about.items()}, "versions": versions(),
-            "warnings": setting.warnings, "left_out": setting.bad, "health": health or {}, "seconds": round(seconds, 1),
-            "rows": [{"label": label} | figures(own) for label, own in table],
-            "differences_to_first": [{"label": label} | {name: {"value": value, "interval_95": interval(value, error)} for name, (value, error) in own.items()} for label, own in differences(table)]}
+            "reference": args.reference, "weights": weights | (models.prints(setting.model) if setting.model else {}) | {name: value for judge in setting.judges for name, value in judge.about.items()}, "versions": versions(),
+            "warnings": setting.warnings, "left_out": setting.bad, "health": health, "seconds": round(seconds, 1),
+            "rows": [{"label": label} | json_figures(own) for label, own in table],
+            "differences_to_first": [{"label": label} | {name: {"value": finite(value), "interval_95": interval(value, error)} for name, (value, error) in own.items()} for label, own in differences(table)]}
 
 
 def write_report(out, report, text):
-    checkpoint.replace_file(out / "metrics.json", lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
+    checkpoint.replace_file(out / "metrics.json", lambda path: path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n"))
     checkpoint.replace_file(out / "table.txt", lambda path: path.write_text(text + "\n"))
 
 
@@ -542,6 +585,7 @@ def parse_arguments():
     sample.add_common_flags(parser)
     parser.add_argument("--compare", nargs="+", metavar="PATH", help="several students, as --student takes them, in one table with their teacher")
     parser.add_argument("--teacher-only", action="store_true", help="no student is needed")
+    parser.add_argument("--no-teacher", action="store_true", help="leave out the teacher's row, which costs the most; differences are then to the first student")
     parser.add_argument("--pictures", nargs="+", metavar="DIR", help="folders of pictures (or EDM's .zip), a row each; without --student, --compare or --model no model is loaded")
     parser.add_argument("--watch", metavar="RUN", help="evaluate each new checkpoint of this run until it ends")
     parser.add_argument("--protocol", choices=judges.PROTOCOLS, help="what is drawn, how it is cut and resized, and what a number compares with (default: by the model); judges.py has the sources")
@@ -565,13 +609,10 @@ def parse_arguments():
     return args
 
 
-def teacher_rows(setting, guidance, steps, undistilled):
-    """The teacher as it should be, and the undistilled network at few steps with and without guidance."""
-    model, args, key = setting.model, setting.args, {"kind": "teacher", "weights": models.fingerprint(setting.model.teacher)}
-    rows = [sample.teacher_row(model, args.teacher_steps, guidance, args.sampler)]
-    for scale in dict.fromkeys((guidance, 1.0)) if undistilled else ():
-        rows += [sample.teacher_row(model, few, scale, args.sampler) for few in steps]
-    return [drawn(setting, row, key | {"row": row.label}) for row in rows]
+def teacher_rows(model, guidance, steps, args):
+    """The teacher as it should be, and the undistilled network at a student's numbers of steps, with and without guidance."""
+    rows = [] if args.no_teacher else [sample.teacher_row(model, args.teacher_steps, guidance, args.sampler)]
+    return rows + [sample.teacher_row(model, few, scale, args.sampler) for scale in dict.fromkeys((guidance, 1.0)) for few in steps]
 
 
 def student_rows(setting, students):
@@ -591,14 +632,18 @@ def evaluate(args):
         if args.write_reference:
             if Path(args.reference).suffix == ".npz":
                 raise UserError(f"--write-reference makes statistics of pictures; {args.reference} are statistics already")
-            return write_reference(args.write_reference, setting, setting.extractor)
+            return write_reference(args.write_reference, setting)
     else:
         model, students, guidance = sample.load_teacher_and_students(args, paths)
         if hasattr(model, "measure_rows"):
             return measure_plane(args, model, students, guidance)
         setting = Setting(args, model)
         args.guidance = guidance
-        sources = teacher_rows(setting, guidance, students[0].steps if students else args.steps or (4, 2, 1), undistilled=setting.judge and not args.compare)
+        if len({student.guidance for student in students}) > 1:
+            setting.warnings.append(f"the students were distilled with different guidance: {', '.join(f'{student.name} {student.guidance}' for student in students)}; the teacher's row has {guidance:g}")
+        few = few_steps(args, students) if setting.judge and not args.compare else ()
+        key = {"kind": "teacher", "weights": models.fingerprint(model.teacher)}
+        sources = [drawn(setting, row, key | {"row": row.label}) for row in teacher_rows(model, guidance, few, args)]
         sources += student_rows(setting, students) + ([real_pictures(setting)] if setting.judge else [])
     sources += [on_disk(folder, most=args.samples) for folder in args.pictures or ()]
     table = setting.measure(sources)
@@ -617,49 +662,70 @@ def evaluate(args):
     print(text + f"\nnumbers: {args.out}/metrics.json")
 
 
+def few_steps(args, students):
+    return students[0].steps if students else args.steps or (4, 2, 1)
+
+
 def measure_plane(args, model, students, guidance):
-    rows = [sample.teacher_row(model, args.teacher_steps, guidance)]
-    steps = students[0].steps if students else args.steps or (4, 2, 1)
-    rows += [sample.teacher_row(model, few, scale) for scale in dict.fromkeys((guidance, 1.0)) for few in steps]
-    rows += [row for student in students for row in student.rows(model)]
+    rows = teacher_rows(model, guidance, few_steps(args, students), args) + [row for student in students for row in student.rows(model)]
     table = [(label, {name: Figure(value, error) for name, (value, error) in own.items()}) for label, own in model.measure_rows(rows, guidance, max(row.noises for row in rows), args.seed)]
-    report = {"model": model.name, "command": sys.argv[1:], "guidance": guidance, "seed": args.seed,
-              "rows": [{"label": label} | {name: {"value": figure.value, "standard_error": figure.error} for name, figure in own.items()} for label, own in table]}
-    write_report(Path(args.out), report, table_text(table, []))
-    print(table_text(table, []) + f"\nnumbers: {args.out}/metrics.json")
+    if fsdp.first():
+        report = {"model": model.name, "command": sys.argv[1:], "guidance": guidance, "seed": args.seed, "versions": versions(), "rows": [{"label": label} | json_figures(own) for label, own in table]}
+        write_report(Path(args.out), report, table_text(table, []))
+        print(table_text(table, []) + f"\nnumbers: {args.out}/metrics.json")
+
+
+# ---------------------------------------------------------------------------------------------------- watching a run
+
+WATCHED = ("model", "protocol", "samples", "prompts", "no_coverage", "reference", "inception", "clip", "pickscore", "image_reward", "steps", "first_timestep", "seed", "dtype", "vae", "batch_size")
 
 
 def watch(args, pause=5.0):
     """Evaluate a run's checkpoints as they appear, until it has made all its iterations."""
     run, out = Path(args.watch), Path(args.out)
-    config = checkpoint.read_configuration(run)
-    model, setting, rows = None, None, read_rows(out / "watch.jsonl")
+    config, asked = checkpoint.read_configuration(run), {name: getattr(args, name) for name in WATCHED}
+    rows = read_rows(out / "watch.jsonl")
+    if any(row["asked"] != asked for row in rows):
+        raise UserError(f"{out}/watch.jsonl holds numbers of other settings than these: name another --out, or delete it")
+    model, setting, passed = None, None, set()
     while True:
-        new = [folder for folder in reversed(checkpoint.complete_checkpoints(run)) if int(folder.name) not in {row["iteration"] for row in rows}]
-        for folder in new:
+        found = {int(folder.name): (folder, checkpoint.read_manifest(folder)) for folder in checkpoint.complete_checkpoints(run)}
+        known = {(row["iteration"], row["checkpoint"]) for row in rows} | passed
+        whole = [(number, folder, checkpoint.text_digest(manifest)) for number, (folder, manifest) in sorted(found.items()) if manifest]
+        new = [(number, folder, digest) for number, folder, digest in whole if (number, digest) not in known]
+        for number, folder, digest in new:
             if model is None:
                 model = sample.load_teacher(args, config)
+                if hasattr(model, "measure_rows"):
+                    raise UserError(f"--watch draws pictures, and {model.name} has none: its runs are quickly evaluated at their end")
                 setting = Setting(args, model)
+            said = len(setting.warnings)
             try:
-                students = [sample.Student.load(folder, model, args, steps=args.steps or [config["student_steps"]])]
-            except UserError as error:  # --keep may have deleted it meanwhile
-                print(f"passed over {folder.name}: {error}")
-                rows.append({"iteration": int(folder.name)})
+                student = sample.Student.load(folder, model, args, steps=args.steps or [config["student_steps"]])
+                (_, figures), = setting.measure(student_rows(setting, [student])[:1])
+            except UserError as error:
+                if folder.is_dir() and error.status == 2:
+                    raise
+                print(f"passed over {folder.name}: {error}")  # --keep has deleted it meanwhile, or what it draws is no picture
+                passed.add((number, digest))
                 continue
-            (_, figures), = setting.measure(student_rows(setting, students)[:1])
-            row = {"iteration": int(folder.name)} | {name: figure.value for name, figure in figures.items()}
-            rows.append(row)
-            rows.sort(key=lambda row: row["iteration"])
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            checkpoint.replace_file(out / "watch.jsonl", lambda path: path.write_text(text))
-            names = list(dict.fromkeys(name for row in rows for name in row if name != "iteration"))
-            sample.draw_curves({name: [(row["iteration"], row[name]) for row in rows if name in row] for name in names}, out / "curves.png")
-            print(f"iteration {folder.name}: " + ", ".join(f"{name} {cell(figure.value, figure.error)}" for name, figure in figures.items()))
-        if any(row["iteration"] >= config["iterations"] for row in rows):
+            rows = sorted([row for row in rows if row["iteration"] != number] + [{"iteration": number, "checkpoint": digest, "asked": asked, "figures": json_figures(figures)}],
+                          key=lambda row: row["iteration"])
+            checkpoint.replace_file(out / "watch.jsonl", lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+            shutil.rmtree(setting.parts)  # of a checkpoint that is evaluated once
+            draw_watched(rows, out / "curves.png")
+            print(f"iteration {number}: " + ", ".join(f"{name} {cell(figure.value, figure.error)}" for name, figure in figures.items())
+                  + "".join(f"\nWARNING: {text}" for text in setting.warnings[0 if len(rows) == 1 else said:]))
+        if max([row["iteration"] for row in rows] + [number for number, _ in passed], default=0) >= config["iterations"]:
             print(f"the run has made its {config['iterations']} iterations; numbers: {out}/watch.jsonl, curves: {out}/curves.png")
             return
         if not new:
             time.sleep(pause)
+
+
+def draw_watched(rows, path):
+    names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
+    sample.draw_curves({name: [(row["iteration"], row["figures"][name]["value"]) for row in rows if name in row["figures"]] for name in names}, path)
 
 
 def read_rows(path):

@@ -1,8 +1,8 @@
 """What pictures are judged by: Inception features, CLIP, PickScore, ImageReward, the embedded set, gauges that need no network; and the protocols
 that say which pictures, how many, and how they are cut and resized before a network sees them.
 
-A judge is called with the views of a batch of pictures, {"whole": (B, 3, H, W), ...} in [0, 1], and with their prompts; it gives {name: (B, ...)},
-something for each picture. What is said of all of them together is computed from that, in eval.py. Judges lie in evaluation mode on one
+A judge is called with a batch of pictures [(3, H, W), ...] in [0, 1], as they were drawn, with their protocol's views {"whole": (B, 3, h, w), ...}, and with their
+prompts; it gives {name: (B, ...)}, something for each picture. What is said of all of them together is computed from that, in eval.py. Judges lie in evaluation mode on one
 device; `about` says what they are, checksums of weights included.
 """
 
@@ -36,14 +36,15 @@ def square(size):
 
 
 def patch(size):
-    """The square of that many pixels around the centre; a smaller picture as it is."""
-    return lambda picture: centre_crop(picture, size) if min(picture.size) >= size else picture
+    """The square of that many pixels around the centre; a smaller picture whole, resized to that, as clean-fid goes on with it."""
+    small = lambda picture: to_pil(clean_resize(from_pil(picture)[None], size)[0] / 255)
+    return lambda picture: centre_crop(picture, size) if min(picture.size) >= size else small(picture)
 
 
 @dataclass
 class Protocol:
     """samples: how many. size: of the pictures that a model has to draw; None takes any. views: {name: what is done to a picture (PIL -> PIL), None
-    for nothing}; the first is what all judges see, of the others there are Inception features alone. resize: how Inception gets to 299 pixels. reference: how many pictures
+    for nothing}; of each there are Inception features, and the first is what gauges and the embedded set see. resize: how Inception gets to 299 pixels. reference: how many pictures
     samples are compared with. published: numbers that compare with what it gives."""
     samples: int
     size: int | None
@@ -58,7 +59,7 @@ class Protocol:
 # What the papers report, as their released code computes it. Each text says what is the same and what cannot be.
 PROTOCOLS = {
     "imagenet64-50k": Protocol(50_000, 64, {"whole": None}, "tensorflow", prompts="labels", reference=1_281_167,
-                               published="one step: DMD2 FID 1.51, 1.28 resumed, 2.61 without a GAN; f-distill (JS) 1.16, recall .66", about=(
+                               published="one step: DMD2 FID 1.51, 1.28 resumed, 2.61 without a GAN; f-distill (JS) 1.16", about=(
         "50,000 samples of 64x64, sample i of label i mod 1000, compared as they are with the statistics of all 1,281,167 training pictures "
         "(EDM's fid-refs/imagenet-64x64.npz: mu and sigma of 2,048 Inception features). Sources: DMD2's main/edm/test_folder_edm.py (labels in turn) and "
         "EDM's fid.py (statistics, uint8 pictures, resizing inside the network). EDM's paper reports the least of three such numbers with different seeds; this is one.")),
@@ -66,12 +67,12 @@ PROTOCOLS = {
                             published="SD1.5 in one step, guidance 1.75: DMD2 FID 9.28, 8.35 with a GAN; f-distill (JS) 7.42", about=(
         "30,000 captions of COCO 2014's validation set, one 512x512 picture each, in their order (DMD2's captions_coco14_test.pkl), compared with the 40,504 pictures of val2014. Both: largest "
         "square around the centre, Lanczos to 256, then clean-fid's resizing (bicubic, float, channel by channel) to 299; here that is rounded to whole "
-        "numbers, since torch-fidelity's network takes no others. CLIP score of the same 256 pixels. Sources: DMD2's main/test_folder_sd.py, main/coco_eval/coco_evaluator.py, experiments/sdv1.5/README.md.")),
+        "numbers, since torch-fidelity's network takes no others, and pixels are rounded to 8 bits, where DMD2 cuts them off. CLIP score of the same 256 pixels. Sources: DMD2's main/test_folder_sd.py, main/coco_eval/coco_evaluator.py, experiments/sdv1.5/README.md.")),
     "coco10k-512": Protocol(10_000, 1024, {"whole": square(512), "patch": patch(299)}, "clean",
                             published="SDXL in four steps: DMD2 FID 19.32, patch FID 20.86, CLIP .332; decoupled DMD FID 17.80, CLIP .336", about=(
         "10,000 captions of COCO 2014 (DMD2's coco10k/all_prompts.pkl), one 1024x1024 picture each, compared with coco10k/subset. FID: largest square around the centre, "
         "Lanczos to 512, clean-fid's resizing to 299, rounded. Patch FID: 299x299 pixels around the centre of the picture as it was drawn, and of the reference as it lies on disk. "
-        "CLIP score: DMD2's code makes 256 pixels of the picture first; so does this. Sources: DMD2's main/sdxl/test_folder_sdxl.py, main/coco_eval/coco_evaluator.py, experiments/sdxl/README.md.")),
+        "CLIP score: of the picture as it was drawn, largest square, Lanczos to 256. Sources: DMD2's main/sdxl/test_folder_sdxl.py, main/coco_eval/coco_evaluator.py, experiments/sdxl/README.md.")),
     "emoji": Protocol(300, 64, {"whole": None}, "tensorflow", prompts="captions", about="full captions of the embedded set, drawn without replacement by the seed; judged by the set itself"),
     "emoji-classes": Protocol(1000, 16, {"whole": None}, "tensorflow", prompts="labels", about="the ten classes of the embedded class-conditional teacher in turn; judged by their pictures"),
     "as-is": Protocol(1000, None, {"whole": None}, "tensorflow", about="pictures as they are; Inception resizes inside the network"),
@@ -88,6 +89,10 @@ def from_pil(picture):
     return torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1) / 255
 
 
+def refuse_sizes(sizes):
+    raise UserError(f"pictures of several sizes, such as {' and '.join(f'{w}x{h}' for h, w in sorted(sizes)[:2])}, are compared as they are: resize them, or name a --protocol that does")
+
+
 def views_of(pictures, protocol):
     """[(3, H, W), ...] in [0, 1] -> {view: (B, 3, h, w)}. Raises UserError where pictures are compared as they are and have several sizes, or another than
     the protocol's."""
@@ -99,7 +104,7 @@ def views_of(pictures, protocol):
     for name, changed in seen.items():
         sizes = {tuple(picture.shape[1:]) for picture in changed}
         if len(sizes) > 1:
-            raise UserError(f"pictures of several sizes, such as {' and '.join(f'{w}x{h}' for h, w in sorted(sizes)[:2])}, are compared as they are: resize them, or name a --protocol that does")
+            refuse_sizes(sizes)
         seen[name] = torch.stack(changed)
     return seen
 
@@ -145,11 +150,11 @@ class Inception:
         self.about = {"inception": digest, "resize": resize}
 
     @torch.no_grad()
-    def __call__(self, views, prompts):
+    def __call__(self, pictures, views, prompts):
         found = {}
-        for name, pictures in views.items():
-            pictures = clean_resize(pictures) if self.resize == "clean" else pictures * 255
-            features, logits = self.network(pictures.round().to(torch.uint8).to(self.device))
+        for name, seen in views.items():
+            seen = clean_resize(seen) if self.resize == "clean" else seen * 255
+            features, logits = self.network(seen.round().to(torch.uint8).to(self.device))
             found |= {f"features {name}": features.cpu(), f"logits {name}": logits.cpu()}
         return found
 
@@ -198,17 +203,17 @@ class Clip:
         return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.device)
 
     def look(self, pictures):
-        """(B, 3, H, W) in [0, 1] -> pixel_values as the network takes them."""
+        """[(3, H, W), ...] in [0, 1] -> pixel_values as the network takes them."""
         return self.processor([self.square(to_pil(picture)) for picture in pictures], return_tensors="pt").pixel_values.to(self.device)
 
     @torch.no_grad()
-    def cosine(self, views, prompts):
+    def cosine(self, pictures, prompts):
         ids, mask = self.tokens(prompts)
-        output = self.network(input_ids=ids, attention_mask=mask, pixel_values=self.look(next(iter(views.values()))))
+        output = self.network(input_ids=ids, attention_mask=mask, pixel_values=self.look(pictures))
         return F.cosine_similarity(output.image_embeds, output.text_embeds, dim=1).cpu()
 
-    def __call__(self, views, prompts):
-        return {self.name: self.cosine(views, prompts)}
+    def __call__(self, pictures, views, prompts):
+        return {self.name: self.cosine(pictures, prompts)}
 
 
 class PickScore(Clip):
@@ -217,8 +222,8 @@ class PickScore(Clip):
     flag, prefix = "--pickscore", ""
     square = staticmethod(lambda picture: picture)
 
-    def __call__(self, views, prompts):
-        return {self.name: self.network.logit_scale.exp().item() * self.cosine(views, prompts)}
+    def __call__(self, pictures, views, prompts):
+        return {self.name: self.network.logit_scale.exp().item() * self.cosine(pictures, prompts)}
 
 
 class ImageReward:
@@ -238,9 +243,8 @@ class ImageReward:
                             "--local-dir DIR, then --image-reward DIR/ImageReward.pt") from None
         self.about = {"image reward": models.fingerprint(self.network)}
 
-    def __call__(self, views, prompts):
-        pictures = [to_pil(picture) for picture in next(iter(views.values()))]
-        return {"image reward": torch.tensor([self.network.score(prompt, picture) for prompt, picture in zip(prompts, pictures)])}
+    def __call__(self, pictures, views, prompts):
+        return {"image reward": torch.tensor([self.network.score(prompt, to_pil(picture)) for prompt, picture in zip(prompts, pictures)])}
 
 
 # ---------------------------------------------------------------------------------------------------- gauges
@@ -251,11 +255,11 @@ class Gauges:
 
     about = {}
 
-    def __call__(self, views, prompts):
-        pictures = next(iter(views.values())).cpu()
-        small = F.adaptive_avg_pool2d(pictures, min(32, pictures.shape[-1]))
-        return {"mean": pictures.mean((1, 2, 3)), "deviation": pictures.flatten(1).std(dim=1), "saturation": (pictures.amax(1) - pictures.amin(1)).mean((1, 2)),
-                "thumbnail": (small * 255).round().to(torch.uint8)}
+    def __call__(self, pictures, views, prompts):
+        seen = next(iter(views.values())).cpu()
+        small = F.adaptive_avg_pool2d(seen, min(32, *seen.shape[-2:]))
+        return {"mean": seen.mean((1, 2, 3)), "deviation": seen.flatten(1).std(dim=1), "saturation": (seen.amax(1) - seen.amin(1)).mean((1, 2)),
+                "thumbnail": (small * 255).round().to(torch.uint8), "size": torch.tensor([seen.shape[-2:]] * len(seen))}
 
 
 # ---------------------------------------------------------------------------------------------------- the embedded set
@@ -339,8 +343,8 @@ class EmojiJudge:
         found = torch.cdist(cell_features(centred(pictures), 8), self.appearance).argmin(1)
         return torch.tensor(self.known)[found]
 
-    def __call__(self, views, prompts):
-        pictures = next(iter(views.values())).cpu()
-        nearest = self.nearest(pictures)
+    def __call__(self, pictures, views, prompts):
+        seen = next(iter(views.values())).cpu()
+        nearest = self.nearest(seen)
         right = torch.tensor([i in self.accepted(prompt) for i, prompt in zip(nearest.tolist(), prompts)])
-        return {"nearest": torch.where(right, nearest, -1), "features layout": layout(pictures)}
+        return {"nearest": torch.where(right, nearest, -1), "features layout": layout(seen)}

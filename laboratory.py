@@ -316,8 +316,8 @@ class EmojiMeter:
         model, seed = self.networks.model, self.args.seed
         prompts = self.prompts + [word for word in evaluation.COVERAGE_WORDS for _ in range(evaluation.COVERAGE_SAMPLES)]
         noise = sample.column_noise(model, len(prompts), self.args.student_steps, seed)
-        views = {"whole": model.decode(sample.draw_in_batches(self.row, noise, model.encode(prompts), 50))}
-        judged = self.judge(views, prompts) | judges.Gauges()(views, prompts)
+        pictures = model.decode(sample.draw_in_batches(self.row, noise, model.encode(prompts), 50))
+        judged = self.judge(pictures, {"whole": pictures}, prompts) | judges.Gauges()(pictures, {"whole": pictures}, prompts)
         features = self.judge.reference()
         reference = {"layout": {"gaussian": evaluation.Gaussian.of(features)}}
         figures = evaluation.figures_of(judged, prompts, len(self.prompts), reference, self.judge, seed)

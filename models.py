@@ -234,6 +234,14 @@ def fingerprint(module):
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 
+def prints(model):
+    """Of all that decides what a model's pictures are, beside the network: {what: a short text that changes when it does}."""
+    parts = {f"text encoder {i + 1}": fingerprint(encoder) for i, (_, encoder) in enumerate(getattr(model, "text_encoders", ()))}
+    parts |= {"decoder": fingerprint(model.vae)} if getattr(model, "vae", None) else {}
+    tables = torch.stack([model.schedule.alpha, model.schedule.sigma]).cpu().numpy().tobytes()
+    return parts | {"schedule": f"{model.prediction} {hashlib.sha256(tables).hexdigest()[:16]}"}
+
+
 class FakeScore(torch.nn.Module):
     """The fake score's denoiser and, for the GAN and f-distill, a head on its mid-block features, so that one pass gives both.
     Without a head the logit is None. ratio_means is the running mean of f-distill's ratio in each time bin."""
@@ -649,6 +657,10 @@ def student_of_checkpoint(folder, model):
     if damage:
         raise UserError(f"the checkpoint {folder} is damaged: {damage}")
     config = manifest["config"]
+    if config["lora"]:
+        check_peft(f"the LoRA of {folder}")
+        if next(model.origin.parameters()).dtype == torch.float32 and manifest["teacher"] != fingerprint(model.teacher):
+            raise UserError(f"the checkpoint {folder} holds a LoRA of another teacher than {model.name}")
     student = trainable_copy(model.origin, config["lora"], config["lora_alpha"], config["seed"])
     part = "averaged_student" if config["ema"] > 0 else "student"
     trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}

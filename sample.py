@@ -187,18 +187,20 @@ def run_configuration(student):
 
 @dataclass
 class Student:
-    """A student with the steps that it is drawn at. name: what rows call it."""
+    """A student with the steps that it is drawn at. name: what rows call it. guidance: what it was distilled with, if that is known."""
     path: Path
     name: str
     denoiser: models.Denoiser
     steps: list
     first_timestep: int | None
+    guidance: float | None
 
     @classmethod
     def load(cls, path, model, args, steps, name="student"):
-        first = args.first_timestep if args.first_timestep is not None else run_configuration(path).get("first_timestep")
+        config = run_configuration(path)
+        first = args.first_timestep if args.first_timestep is not None else config.get("first_timestep")
         check_steps(model, max(steps), first)
-        return cls(Path(path), name, models.load_student(path, model), steps, first)
+        return cls(Path(path), name, models.load_student(path, model), steps, first, config.get("guidance"))
 
     def rows(self, model):
         return [student_row(self.denoiser, model.schedule.timesteps(steps, self.first_timestep), self.name) for steps in self.steps]
@@ -228,15 +230,21 @@ def load_teacher_and_students(args, paths):
             hint = ": make one with `python train.py`, or name another with --student" if str(path) == DEFAULT_RUN else ""
             raise UserError(f"there is no student at {path}{hint}")
     configs = [run_configuration(path) for path in paths]
-    teachers = {config["model"] or str(data.EMOJI_TEACHER) for config in configs if "model" in config}
+    teachers = {str(teacher_path(config)): config for config in configs if "model" in config}
     if len(teachers) > 1 and not args.model:
         raise UserError(f"the students have different teachers, {' and '.join(sorted(teachers))}: name the one to compare with by --model")
-    model, students = load_teacher(args, configs[0] if configs else {}), []
+    model, students = load_teacher(args, next(iter(teachers.values()), {})), []
     for path, config in zip(paths, configs):
         most = config.get("student_steps", 4)
         steps = args.steps or ([most] if len(paths) > 1 else sorted({most, max(1, most // 2), 1}, reverse=True))
         students.append(Student.load(path, model, args, steps, short_name(path, paths)))
-    return model, students, args.guidance or next((config["guidance"] for config in configs if "guidance" in config), getattr(model, "default_guidance", DEFAULT_GUIDANCE))
+    return model, students, args.guidance or next((student.guidance for student in students if student.guidance), getattr(model, "default_guidance", DEFAULT_GUIDANCE))
+
+
+def teacher_path(config):
+    """Where a run's teacher lies, whatever it was called by; a hub id as it is."""
+    name = data.EMBEDDED.get(config["model"], config["model"]) or data.EMOJI_TEACHER
+    return Path(name).resolve() if Path(name).exists() else name
 
 
 def short_name(path, paths):

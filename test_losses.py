@@ -819,7 +819,7 @@ def test_judge_knows_real_pictures_when_they_are_moved():
     judge = judges.EmojiJudge()
     captions = judge.captions[::15]
     moved = judge.real(captions, seed=3)
-    right = lambda pictures, prompts: (judge({"whole": pictures}, prompts)["nearest"] >= 0).double().mean()
+    right = lambda pictures, prompts: (judge(pictures, {"whole": pictures}, prompts)["nearest"] >= 0).double().mean()
     assert right(moved, captions) >= 0.97
     assert right(moved, captions[1:] + captions[:1]) <= 0.05
     blur = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(moved, (5,) * 4, value=1.0), 11, 1)
