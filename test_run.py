@@ -284,6 +284,7 @@ def test_noise_depends_on_seed_step_and_column_alone():
     torch.testing.assert_close(sample.column_noise(model, 2, 4, 7), sample.column_noise(model, 5, 4, 7)[:, :2], rtol=0, atol=0)
     torch.testing.assert_close(sample.column_noise(model, 2, 2, 7), sample.column_noise(model, 2, 4, 7)[:2], rtol=0, atol=0)
     assert (sample.column_noise(model, 2, 4, 7) != sample.column_noise(model, 2, 4, 8)).any()
+    assert torch.equal(sample.column_noise(model, 2, 2, seed=0, first=1), sample.column_noise(model, 3, 2, seed=0)[:, 1:])  # parts of an evaluation
 
 
 def test_embedded_teacher_is_a_stable_diffusion_pipeline_and_our_sampler_draws_what_diffusers_draws():
