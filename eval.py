@@ -7,7 +7,7 @@
     python eval.py --protocol imagenet64-50k --student runs/imagenet --inception FILE --reference imagenet-64x64.npz
     python eval.py --protocol coco30k-256 --write-reference coco.npz --reference val2014 --inception FILE       # once, then --reference coco.npz
     python eval.py --watch runs/mine                 # each new checkpoint of a run as it appears, and a curve
-    torchrun --standalone --nproc_per_node=8 eval.py ...       # shared out; the numbers are those of one process
+    torchrun --standalone --nproc_per_node=8 eval.py ...       # shared out; the numbers are those of one process, to rounding
 
 --out holds metrics.json, table.txt and parts/: what each picture was judged to be, by which an interrupted evaluation goes on where it was, and
 the same command, or one with other rows, does not draw the same pictures again. Delete parts/ when you are done: 50,000 pictures make 0.8 GB.
