@@ -213,6 +213,8 @@ def check_labels(model, real):
         unknown = max((int(caption) for caption in real.captions_in_all() if caption.isdecimal()), default=0)
         if unknown >= model.labels:
             raise UserError(f"--real has labels up to {unknown}; the labels of {model.name} are 0 to {model.labels - 1}")
+        if isinstance(real, PictureFolder) and unknown + 1 < model.labels:
+            fsdp.say(f"warning: --real has {unknown + 1} classes, {model.name} has {model.labels}: the folders, in the order of their names, are the labels 0 to {unknown}")
 
 
 def need_encoder(model):
@@ -324,7 +326,7 @@ def list_pictures(folder, labels=False):
     if not folder.is_dir():
         raise UserError(f"there is no folder of pictures {folder}")
     if labels and not (folder / "metadata.jsonl").is_file():
-        classes = sorted(path for path in folder.iterdir() if path.is_dir())
+        classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         found = [(file, str(label)) for label, path in enumerate(classes) for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES]
         if not found:
             raise UserError(f"{folder} holds no pictures in folders, one for each class")

@@ -174,10 +174,14 @@ def places_of(prompts):
     return places
 
 
+def coverage_samples(prompts):
+    """How many samples of each prompt a repetition has: 32, or what there is."""
+    return min([COVERAGE_SAMPLES, *(len(own) // COVERAGE_REPEATS for own in places_of(prompts).values())])
+
+
 def coverage_figure(nearest, prompts, judge):
     """nearest (N,), -1 where it is wrong. The first 3 x 32 samples of each prompt that has so many; fewer where there are fewer."""
-    places = places_of(prompts)
-    each = min(COVERAGE_SAMPLES, *(len(own) // COVERAGE_REPEATS for own in places.values()))
+    places, each = places_of(prompts), coverage_samples(prompts)
     if each == 0:
         return {}
     share = lambda own, prompt: len(set(nearest[own].tolist()) - {-1}) / len(judge.accepted(prompt))
@@ -394,6 +398,10 @@ class Setting:
         self.check_model()
         self.judge = {"emoji": judges.EmojiJudge, "emoji-classes": lambda: judges.EmojiJudge(16, data.emoji_classes())}.get(self.name, lambda: None)()
         self.prompts, self.counted = self.choose_prompts() if model else ([], 0)
+        self.coverage_samples = coverage_samples(self.prompts[self.counted:] or self.prompts)
+        if self.judge and model and self.counted < self.protocol.samples:
+            self.warnings.append(f"{self.counted} of {self.name}'s {self.protocol.samples} samples" + (f", and {self.coverage_samples} of {COVERAGE_SAMPLES} a prompt for coverage" if self.coverage_samples < COVERAGE_SAMPLES else "")
+                                 + ": frechet, recall and coverage compare within this table only")
         self.judges = [judges.Gauges()] + [self.judge] * (self.judge is not None)
         self.reference, self.extractor = {}, None
         if args.inception or args.reference:
@@ -419,6 +427,8 @@ class Setting:
         """What is to be said of a reference: {"count", "left out"}, as far as that is known."""
         if self.protocol.reference and about.get("count", self.protocol.reference) != self.protocol.reference:
             self.warnings.append(f"the reference has {about['count']:,} pictures; that of {self.name} has {self.protocol.reference:,}")
+        if about.get("count", 2048) < 2048:
+            self.warnings.append(f"a reference of {about['count']:,} pictures, fewer than features, says little")
         if about.get("left out") and not self.bad:
             self.warnings.append(f"the reference was made without {about['left out']} pictures that could not be used")
         missing = [f"{view} fid" for view in self.protocol.views if view != "whole" and "whole" in self.reference and view not in self.reference]
@@ -460,7 +470,7 @@ class Setting:
     def check_bad(self, where, bad, count):
         """Pictures that could not be used are named and counted; too many end the evaluation."""
         if len(bad) > data.BAD_SHARE * count:
-            raise UserError(f"{len(bad)} of the {count} pictures in {where} cannot be used: " + "; ".join(f"{file}: {why}" for file, why in list(bad.items())[:3]))
+            raise UserError(f"{len(bad)} of the {count} pictures in {where} cannot be used, more than one in a hundred: " + "; ".join(f"{file}: {why}" for file, why in list(bad.items())[:3]))
         if bad:
             self.bad |= bad
             self.warnings.append(f"{len(bad)} of {count} pictures in {where} could not be used and were left out: " + ", ".join(list(bad)[:3]) + ("" if len(bad) <= 3 else ", ..."))
@@ -566,7 +576,7 @@ def report_of(setting, table, weights, seconds, health):
     args = setting.args
     return {"protocol": setting.name, "about": setting.protocol.about, "command": sys.argv[1:], "model": setting.model and setting.model.name, "samples": setting.counted, "repeated_prompts": len(setting.prompts) - setting.counted,
             "prompts_sha256": hashlib.sha256("\n".join(setting.prompts).encode()).hexdigest(), "seed": args.seed, "guidance": args.guidance, "teacher_steps": args.teacher_steps, "sampler": args.sampler,
-            "dtype": args.dtype, "device": args.device, "processes": fsdp.world(), "batch_size": args.batch_size, "coverage_samples": COVERAGE_SAMPLES, "coverage_repeats": COVERAGE_REPEATS,
+            "dtype": args.dtype, "device": args.device, "processes": fsdp.world(), "batch_size": args.batch_size, "coverage_samples": setting.coverage_samples, "coverage_repeats": COVERAGE_REPEATS,
             "reference": args.reference, "weights": weights | (models.prints(setting.model) if setting.model else {}) | {name: value for judge in setting.judges for name, value in judge.about.items()}, "versions": versions(),
             "warnings": setting.warnings, "left_out": setting.bad, "health": health, "seconds": round(seconds, 1),
             "rows": [{"label": label} | json_figures(own) for label, own in table],

@@ -166,6 +166,16 @@ PICKSCORE = "yuvalkirstain/PickScore_v1"
 CLIP_PREFIX = "A photo depicts "
 
 
+def find_on_hub(path):
+    """Ask once for what is neither a folder nor fetched already: the libraries would go on asking for a minute."""
+    import huggingface_hub
+    if not Path(path).is_dir() and not isinstance(huggingface_hub.try_to_load_from_cache(path, "config.json"), str):
+        try:
+            huggingface_hub.model_info(path, timeout=10)
+        except Exception as error:  # of the network, of the hub, of the name
+            raise OSError(f"the hub does not know it or cannot be reached ({models.first_line(error)[:100]})") from None
+
+
 class Clip:
     """Cosine of picture and text, with a CLIP model of transformers. 2104.08718
 
@@ -181,6 +191,7 @@ class Clip:
         from transformers import CLIPModel, CLIPTokenizer
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
         try:
+            find_on_hub(path)
             with models.quiet_libraries():
                 self.network = CLIPModel.from_pretrained(path).to(device, torch.float32).eval()
                 self.tokenizer, self.processor = CLIPTokenizer.from_pretrained(path), CLIPImageProcessorPil.from_pretrained(path)
