@@ -191,7 +191,7 @@ def real_data(model, path=None):
         if path:
             raise UserError(f"--real {path}: {model.name} has real data of its own")
         return model.real_data()
-    if path is None and model.decodes and (embedded := embedded_data(model)):
+    if path is None and (embedded := embedded_data(model)):
         return embedded
     if path is None:
         raise UserError(f"--gan-weight and --student-input data need real data, of which there is none for {model.name}: name some with --real, or use "
@@ -228,6 +228,7 @@ class EmojiData:
 
     def __init__(self, model, groups, prompts, views, width=1.0):
         """groups: lists of indices, one of which is drawn first, each as often. prompts(indices, draws) -> what says what they are."""
+        need_encoder(model)
         self.model, self.pictures, self.groups, self.prompts, self.views, self.width = model, emoji_pictures(2 * model.picture_size), groups, prompts, views, width
         self.count = sum(map(len, groups)) * views
         self.known = torch.zeros(len(self.pictures) * views, dtype=torch.bool)

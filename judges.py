@@ -7,7 +7,6 @@ device; `about` says what they are, checksums of weights included.
 """
 
 import functools
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
