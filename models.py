@@ -15,6 +15,7 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import pickle
 import re
 import warnings
@@ -207,8 +208,10 @@ class GanHead(torch.nn.Module):
 
     def __init__(self, channels, size):
         super().__init__()
+        # On 1x1 a group has no more values than channels: of one, normalising leaves nothing, and of two only their order.
+        groups = min(math.gcd(channels, 32), max(1, channels // 4))
         block = lambda kernel, **options: [torch.nn.Conv2d(channels, channels, kernel, **options),
-                                           torch.nn.GroupNorm(min(32, channels), channels), torch.nn.SiLU()]
+                                           torch.nn.GroupNorm(groups, channels), torch.nn.SiLU()]
         layers = []
         while size > 4:
             layers += block(4, stride=2, padding=1)

@@ -305,6 +305,22 @@ def test_regression_loss_is_the_mean_square():
         losses.regression_loss(a, b[:1])
 
 
+@pytest.mark.parametrize("channels", [8, 32, 48, 64, 192])
+def test_gan_head_judges_by_the_features_of_narrow_networks_too(channels):
+    """A normaliser over one value has no gradient, over two one of rounding: where its inputs differ by much, it is a step."""
+    torch.manual_seed(0)
+    head, features = models.GanHead(channels, 4).double(), 3 * torch.randn(16, channels, 4, 4, dtype=torch.float64)
+
+    def gradient():
+        inputs = features.to(next(head.parameters()).dtype).requires_grad_()
+        return torch.autograd.grad(head(inputs).sum(), inputs)[0].double()
+
+    exact, size = gradient(), head(features).abs().mean()
+    assert exact.norm() * features.norm() / len(features) > 0.1 * size
+    head.float()
+    assert (gradient() - exact).norm() < 2e-5 * exact.norm()
+
+
 def test_gan_head_learns_the_log_ratio_of_two_gaussians():
     """The head on the plane's network, trained by the critic's loss alone, against log p_t / q_t of the diffused Gaussians."""
     model = gmm.Model("gmm")
