@@ -9,29 +9,32 @@
     python eval.py --watch runs/mine                 # each new checkpoint of a run as it appears, and a curve
     torchrun --standalone --nproc_per_node=8 eval.py ...       # shared out; the numbers are those of one process, to rounding
 
---out holds metrics.json, table.txt and parts/: what each picture was judged to be, by which an interrupted evaluation goes on where it was, and
-the same command, or one with other rows, does not draw the same pictures again. Delete parts/ when you are done: 50,000 pictures make 0.8 GB.
+--out holds metrics.json, table.txt and parts/: what each picture was judged to be, by which an interrupted evaluation goes on where it
+was, and the same command, or one with other rows, does not draw the same pictures again. Delete parts/ when you are done: 50,000 pictures
+make 0.8 GB.
 
 What is measured depends on the model, or on --protocol; each row of the table is measured alike:
 
-  alignment    (embedded set) share of samples whose nearest picture in the set is right: it carries all words of the prompt, or is of the
-               class. Both are cut to the square around their ink and compared by mean colour and edge strength in 8x8 cells.
-  coverage     (embedded set) distinct right pictures among 32 samples of a prompt, as a share of those that exist; mean over the words cat,
-               heart and moon, or over the classes, three times 32 samples each.
-  frechet      (embedded set) Frechet distance between Gaussians fitted to samples and to the set, on 80 features, mean colour and edge strength in
-               each of 4x4 cells. Few samples raise it; the last row, real pictures, shows what is left for a perfect model.
+  alignment    (embedded set) share of samples whose nearest picture in the set is right: it carries all words of the prompt, or is of
+               the class. Both are cut to the square around their ink and compared by mean colour and edge strength in 8x8 cells.
+  coverage     (embedded set) distinct right pictures among 32 samples of a prompt, as a share of those that exist; mean over the words
+               cat, heart and moon, or over the classes, three times 32 samples each.
+  frechet      (embedded set) Frechet distance between Gaussians fitted to samples and to the set, on 80 features, mean colour and edge
+               strength in each of 4x4 cells. Few samples raise it; the last row, real pictures, shows what is left for a perfect model.
   fid, patch fid    the same of 2,048 Inception features, against --reference. 1706.08500
-  kid, is, precision, recall    kernel distance (1801.01401), Inception score (1606.03498), and shares of samples among the reference's and the reverse
-               (1904.06991, 3 neighbours), by torch-fidelity: with --inception; without it the latter two on the embedded set's 80 features.
+  kid, is, precision, recall    kernel distance (1801.01401), Inception score (1606.03498), and shares of samples among the reference's
+               and the reverse (1904.06991, 3 neighbours), by torch-fidelity: with --inception; without it the latter two on the embedded
+               set's 80 features.
   clip, pickscore, image reward    of each picture with its prompt: --clip, --pickscore, --image-reward.
   mean, deviation, saturation   of a picture's values in [0, 1], averaged: over-saturation shows as a rising deviation.
   diversity    root mean square distance between thumbnails of the same prompt, averaged over prompts that have several samples.
 
 A run on gmm.py's plane gets that file's figures instead, from four times 4096 samples; `measure` there says what they are.
 
-+- is a standard error: over samples where a figure is a mean, over 20 bootstrap draws of the samples for Frechet distances, over 10 splits for is, over subsets of 1,000 for
-kid (of ten thousand pictures or more; else ?), over repetitions for coverage, over prompts for diversity. The second table has differences to the teacher with 95 % intervals; where both rows were drawn from the same
-noise, sample by sample, the interval is of the paired differences.
++- is a standard error: over samples where a figure is a mean, over 20 bootstrap draws of the samples for Frechet distances, over 10 splits
+for is, over subsets of 1,000 for kid (of ten thousand pictures or more; else ?), over repetitions for coverage, over prompts for diversity.
+The second table has differences to the teacher with 95 % intervals; where both rows were drawn from the same noise, sample by sample, the
+interval is of the paired differences.
 """
 
 import contextlib
@@ -71,8 +74,8 @@ DRAWS = 20  # of a bootstrap
 
 @dataclass
 class Figure:
-    """A number with its standard error. values: what it is the mean of, sample by sample; draws: what it is on bootstrap draws. From these comes the
-    error of a difference: smaller for rows of the same noise, and right for rows that have nothing to do with each other."""
+    """A number with its standard error. values: what it is the mean of, sample by sample; draws: what it is on bootstrap draws. From these
+    comes the error of a difference: smaller for rows of the same noise, and right for rows that have nothing to do with each other."""
     value: float
     error: float
     values: torch.Tensor | None = None
@@ -95,7 +98,7 @@ def mean_figure(values):
 
 @dataclass
 class Gaussian:
-    """Mean (D,) and covariance (D, D), float64. factor (N, D), with covariance = factor^T factor, where fewer samples than dimensions gave it."""
+    """Mean (D,) and covariance (D, D), float64. factor (N, D), where fewer samples than dimensions gave it: covariance = factor^T factor."""
     mean: torch.Tensor
     covariance: torch.Tensor
     factor: torch.Tensor | None = None
@@ -116,8 +119,8 @@ class Gaussian:
 def frechet_distance(a, b):
     """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two Gaussians.    1706.08500, equation 6
 
-    (C_a C_b)^(1/2) has the trace of (R_b C_a R_b)^(1/2), symmetric, R_b being C_b's root. Where C_a = F_a^T F_a that is the trace of (F_a C_b F_a^T)^(1/2), a smaller
-    matrix, and where both have factors the sum of the singular values of F_a F_b^T.
+    (C_a C_b)^(1/2) has the trace of (R_b C_a R_b)^(1/2), symmetric, R_b being C_b's root. Where C_a = F_a^T F_a that is the trace of
+    (F_a C_b F_a^T)^(1/2), a smaller matrix, and where both have factors the sum of the singular values of F_a F_b^T.
     """
     if a.factor is None and b.factor is not None:
         a, b = b, a
@@ -131,8 +134,8 @@ def frechet_distance(a, b):
 
 def frechet_figure(features, reference, seed):
     generator = torch.Generator().manual_seed(seed)
-    draws = [frechet_distance(Gaussian.of(features[torch.randint(len(features), (len(features),), generator=generator)]), reference) for _ in range(DRAWS)]
-    draws = torch.tensor(draws, dtype=torch.float64)
+    resampled = lambda: features[torch.randint(len(features), (len(features),), generator=generator)]
+    draws = torch.tensor([frechet_distance(Gaussian.of(resampled()), reference) for _ in range(DRAWS)], dtype=torch.float64)
     return Figure(frechet_distance(Gaussian.of(features), reference), draws.std().item(), draws=draws)
 
 
@@ -152,7 +155,8 @@ def library_figures(features, logits, reference):
         if min(len(features), len(reference)) > 3:
             precision, recall = calculate_precision_recall_part(features, reference)
             error = lambda share, count: math.sqrt(share * (1 - share) / count)
-            figures |= {"precision": Figure(precision, error(precision, len(features))), "recall": Figure(recall, error(recall, len(reference)))}
+            figures["precision"] = Figure(precision, error(precision, len(features)))
+            figures["recall"] = Figure(recall, error(recall, len(reference)))
     if logits is not None and len(logits) >= 10:
         found = isc_features_to_metric(logits)
         figures["is"] = Figure(found["inception_score_mean"], found["inception_score_std"] / math.sqrt(10))
@@ -199,7 +203,7 @@ def diversity_figure(thumbnails, prompts):
 
 
 def figures_of(judged, prompts, count, reference, judge, seed):
-    """{name: Figure} of a row: judged {name: (N, ...)} and its prompts, of which the first `count` are the protocol's and the rest are repeated prompts."""
+    """{name: Figure} of a row: judged {name: (N, ...)} and its prompts, of which the first `count` are the protocol's, the rest repeated."""
     figures, main = {}, {name: values[:count] for name, values in judged.items()}
     if judge:
         figures["alignment"] = mean_figure(main["nearest"] >= 0)
@@ -214,7 +218,9 @@ def figures_of(judged, prompts, count, reference, judge, seed):
             figures[title] = frechet_figure(features, known["gaussian"], seed)
         if view == ("whole" if "features whole" in main else "layout") and has_fidelity():
             found = library_figures(features, main.get(f"logits {view}"), known.get("features"))
-            figures |= {title: figure for title, figure in found.items() if view == "whole" or title != "kid"}  # whose kernel is made for Inception's features
+            if view != "whole":
+                found.pop("kid", None)  # its kernel is made for Inception's features
+            figures |= found
     gauges = ("mean", "deviation", "saturation")
     scores = [name for name in main if main[name].dim() == 1 and name not in (*gauges, "nearest")]
     figures |= {name: mean_figure(main[name]) for name in (*scores, *gauges)}
@@ -225,8 +231,9 @@ def figures_of(judged, prompts, count, reference, judge, seed):
 
 @dataclass
 class Source:
-    """A row of the table. pictures(start, stop) -> [(index, (3, H, W) in [0, 1]), ...], {file that is bad: why}. prompts: a text for each picture; those
-    beyond the first `counted` are repeated prompts, for coverage and diversity. key: all that decides what the pictures are, a kind first of all."""
+    """A row of the table. pictures(start, stop) -> [(index, (3, H, W) in [0, 1]), ...], {file that is bad: why}. prompts: a text for each
+    picture; those beyond the first `counted` are repeated prompts, for coverage and diversity. key: all that decides what the pictures
+    are, a kind first of all."""
     label: str
     key: dict
     prompts: list
@@ -242,7 +249,8 @@ def drawn(setting, row, key):
         noise = sample.column_noise(model, stop - start, row.noises, args.seed, first=start)
         made = model.decode(row.draw(noise, model.encode(prompts[start:stop])))
         if not made.isfinite().all():
-            raise UserError(f"{label}: what it draws holds values that are no numbers" + (" (--dtype float32 may help)" if args.dtype != "float32" else ""), status=1)
+            advice = " (--dtype float32 may help)" if args.dtype != "float32" else ""
+            raise UserError(f"{label}: what it draws holds values that are no numbers{advice}", status=1)
         return list(enumerate(made, start)), {}
 
     label = row.label.replace("\n", ", ")
@@ -265,19 +273,21 @@ def on_disk(folder, label=None, most=None):
         return found, bad
 
     digest = hashlib.sha256(json.dumps([[str(file), files.stamp(i)] for i, (file, _) in enumerate(entries)]).encode()).hexdigest()
-    return Source(label or str(folder), {"kind": "folder", "files": digest}, [caption or "" for _, caption in entries], len(entries), pictures)
+    captions = [caption or "" for _, caption in entries]
+    return Source(label or str(folder), {"kind": "folder", "files": digest}, captions, len(entries), pictures)
 
 
 def real_pictures(setting):
     """What a perfect model of the embedded set would draw."""
-    pictures = setting.judge.real(setting.prompts, setting.args.seed + 1)
-    return Source("real pictures", {"kind": "real", "seed": setting.args.seed}, setting.prompts, setting.counted, lambda start, stop: (list(enumerate(pictures[start:stop], start)), {}))
+    real = setting.judge.real(setting.prompts, setting.args.seed + 1)
+    pictures = lambda start, stop: (list(enumerate(real[start:stop], start)), {})
+    return Source("real pictures", {"kind": "real", "seed": setting.args.seed}, setting.prompts, setting.counted, pictures)
 
 
 def judge_pictures(source, all_judges, protocol, folder, batch):
     """Judge a source's pictures part by part, each process its share; what is there already, whole, is kept. Returns the parts' files."""
-    about = {name: value for judge in all_judges for name, value in judge.about.items()} | {"judges": [type(judge).__name__ for judge in all_judges]}
-    key = source.key | about | {"prompts": source.prompts, "views": list(protocol.views), "protocol": protocol.about, "batch": batch}
+    key = source.key | judges.about(all_judges) | {"judges": [type(judge).__name__ for judge in all_judges], "prompts": source.prompts,
+                                                   "views": list(protocol.views), "protocol": protocol.about, "batch": batch}
     folder = folder / f"{source.key['kind']}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
     fsdp.from_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     starts = range(0, len(source.prompts), batch)
@@ -288,10 +298,11 @@ def judge_pictures(source, all_judges, protocol, folder, batch):
             stop = min(start + batch, len(source.prompts))
             if not is_whole(files[number]):
                 found, bad = source.pictures(start, stop)
-                texts, judged = [source.prompts[i] for i, _ in found], {"index": torch.tensor([i for i, _ in found], dtype=torch.int64)}
-                views = judges.views_of([picture for _, picture in found], protocol) if found else {}
+                indices, pictures = [i for i, _ in found], [picture for _, picture in found]
+                texts, judged = [source.prompts[i] for i in indices], {"index": torch.tensor(indices, dtype=torch.int64)}
+                views = judges.views_of(pictures, protocol) if found else {}
                 for judge in all_judges if found else ():
-                    judged |= judge([picture for _, picture in found], views, texts)
+                    judged |= judge(pictures, views, texts)
                 data.write_shard(files[number], {name: values.contiguous() for name, values in judged.items()}, texts, bad)
             bar.update(min((stop - start) * fsdp.world(), bar.total - bar.n))
     return files
@@ -313,11 +324,15 @@ def read_parts(files):
         bad |= left_out
     full = [part for part in parts if len(part["index"])]
     if not full:
-        raise UserError(f"none of the {len(bad)} pictures can be used: " + "; ".join(f"{file}: {why}" for file, why in list(bad.items())[:3]))
+        raise UserError(f"none of the {len(bad)} pictures can be used: {some_of(bad)}")
     sizes = {tuple(size) for part in full for size in part.pop("size").tolist()}
     if len(sizes) > 1:
         judges.refuse_sizes(sizes)
     return {name: torch.cat([part[name] for part in full]) for name in full[0]}, bad
+
+
+def some_of(bad):
+    return "; ".join(f"{file}: {why}" for file, why in list(bad.items())[:3])
 
 
 # ---------------------------------------------------------------------------------------------------- references
@@ -339,7 +354,8 @@ def reference_of_folder(path, setting):
         raise UserError(f"--reference {path} holds {count} picture: no statistics can be made of it")
     found = {name.partition(" ")[2]: values for name, values in judged.items() if name.startswith("features ")}
     some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:REFERENCE_FEATURES].sort().values
-    return {view: {"gaussian": Gaussian.of(features), "features": features[some]} for view, features in found.items()}, {"count": count, "left out": len(bad)}
+    reference = {view: {"gaussian": Gaussian.of(features), "features": features[some]} for view, features in found.items()}
+    return reference, {"count": count, "left out": len(bad)}
 
 
 def write_reference(path, setting):
@@ -350,7 +366,8 @@ def write_reference(path, setting):
     arrays = {}
     for view, known in reference.items():
         end = "" if view == "whole" else f" {view}"
-        arrays |= {f"mu{end}": known["gaussian"].mean.numpy(), f"sigma{end}": known["gaussian"].covariance.numpy(), f"features{end}": known["features"].numpy()}
+        arrays |= {f"mu{end}": known["gaussian"].mean.numpy(), f"sigma{end}": known["gaussian"].covariance.numpy(),
+                   f"features{end}": known["features"].numpy()}
     text = json.dumps(setting.extractor.about | {"protocol": setting.name} | about)
 
     def write(partial):
@@ -373,14 +390,17 @@ def reference_of_file(path, setting):
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"--reference {path} is no .npz with mu and sigma, EDM's format: {models.first_line(error)}") from None
     if mu.shape != (2048,) or sigma.shape != (2048, 2048):
-        raise UserError(f"--reference {path} is of another feature extractor: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}; Inception's 2,048 features are expected")
+        raise UserError(f"--reference {path} is of another feature extractor: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}; "
+                        "Inception's 2,048 features are expected")
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise UserError(f"--reference {path} has values that are no numbers")
     present = setting.extractor.about | {"protocol": setting.name}
     other = [f"{name} was {about[name]}, is {present[name]}" for name in about if name in present and about[name] != present[name]]
     if other:
         raise UserError(f"--reference {path} was made in another way: {'; '.join(other)}")
-    reference = {"whole": {"gaussian": Gaussian(mu.double(), sigma.double())} | ({"features": arrays["features"]} if "features" in arrays else {})}
+    reference = {"whole": {"gaussian": Gaussian(mu.double(), sigma.double())}}
+    if "features" in arrays:
+        reference["whole"]["features"] = arrays["features"]
     if "mu patch" in arrays:
         reference["patch"] = {"gaussian": Gaussian(arrays["mu patch"].double(), arrays["sigma patch"].double())}
     return reference, about
@@ -396,19 +416,22 @@ class Setting:
         self.name = args.protocol or default_protocol(model)
         self.protocol, self.parts = judges.PROTOCOLS[self.name], Path(args.out) / "parts"
         self.check_model()
-        self.judge = {"emoji": judges.EmojiJudge, "emoji-classes": lambda: judges.EmojiJudge(16, data.emoji_classes())}.get(self.name, lambda: None)()
+        embedded = {"emoji": judges.EmojiJudge, "emoji-classes": lambda: judges.EmojiJudge(16, data.emoji_classes())}
+        self.judge = embedded[self.name]() if self.name in embedded else None
         self.prompts, self.counted = self.choose_prompts() if model else ([], 0)
         self.coverage_samples = coverage_samples(self.prompts[self.counted:] or self.prompts)
         if self.judge and model and self.counted < self.protocol.samples:
-            self.warnings.append(f"{self.counted} of {self.name}'s {self.protocol.samples} samples" + (f", and {self.coverage_samples} of {COVERAGE_SAMPLES} a prompt for coverage" if self.coverage_samples < COVERAGE_SAMPLES else "")
-                                 + ": frechet, recall and coverage compare within this table only")
+            fewer = f", and {self.coverage_samples} of {COVERAGE_SAMPLES} a prompt for coverage" if self.coverage_samples < COVERAGE_SAMPLES else ""
+            self.warnings.append(f"{self.counted} of {self.name}'s {self.protocol.samples} samples{fewer}: frechet, recall and coverage compare "
+                                 "within this table only")
         self.judges = [judges.Gauges()] + [self.judge] * (self.judge is not None)
         self.reference, self.extractor = {}, None
         if args.inception or args.reference:
             self.extractor = judges.Inception(args.inception or inception_in_cache(), self.protocol.resize, args.device)
             self.judges.append(self.extractor)
             if not self.extractor.published:
-                self.warnings.append("the Inception weights are not the published ones: fid, kid, is, precision and recall compare with nothing")
+                self.warnings.append("the Inception weights are not the published ones: fid, kid, is, precision and recall compare with "
+                                     "nothing")
         clips = {f"clip {Path(path).name if Path(path).is_dir() else path}": path for path in args.clip or ()}
         if len(clips) < len(args.clip or ()):
             raise UserError("--clip: two of these folders have the same name")
@@ -431,17 +454,21 @@ class Setting:
             self.warnings.append(f"a reference of {about['count']:,} pictures, fewer than features, says little")
         if about.get("left out") and not self.bad:
             self.warnings.append(f"the reference was made without {about['left out']} pictures that could not be used")
-        missing = [f"{view} fid" for view in self.protocol.views if view != "whole" and "whole" in self.reference and view not in self.reference]
+        missing = [f"{view} fid" for view in self.protocol.views if "whole" in self.reference and view not in self.reference]
         missing += ["kid, precision and recall"] * ("whole" in self.reference and "features" not in self.reference["whole"])
         if missing:
-            self.warnings.append(f"the reference does not hold what {', '.join(missing)} need: --reference FOLDER, or --write-reference makes a file that does")
+            self.warnings.append(f"the reference does not hold what {', '.join(missing)} need: --reference FOLDER, or --write-reference makes "
+                                 "a file that does")
 
     def check_model(self):
         size = getattr(self.model, "picture_size", None)
         if self.protocol.size and size and size != self.protocol.size:
-            raise UserError(f"--protocol {self.name} is of pictures of {self.protocol.size}x{self.protocol.size}; {self.model.name} draws {size}x{size}")
+            own = self.protocol.size
+            raise UserError(f"--protocol {self.name} is of pictures of {own}x{own}; {self.model.name} draws {size}x{size}")
         if self.model and (self.protocol.prompts == "labels") != hasattr(self.model, "labels") and self.protocol.prompts != "a file":
             raise UserError(f"--protocol {self.name} is of {self.protocol.prompts}, which {self.model.name} does not take for prompts")
+        if hasattr(self.model, "labels") and (self.args.clip or self.args.pickscore or self.args.image_reward):
+            raise UserError(f"--clip, --pickscore and --image-reward judge pictures by captions; the prompts of {self.model.name} are labels")
 
     def choose_prompts(self):
         """The prompts of all samples, and how many of them are the protocol's."""
@@ -449,7 +476,8 @@ class Setting:
         count, repeated = args.samples or protocol.samples, []
         if args.prompts or protocol.prompts == "a file":
             if not args.prompts and not hasattr(self.model, "labels"):
-                raise UserError(f"--protocol {self.name} needs --prompts FILE, a line each or a pickled list. recipes/README.md says where COCO's are")
+                raise UserError(f"--protocol {self.name} needs --prompts FILE, a line each or a pickled list. recipes/README.md says where "
+                                "COCO's are")
             known = data.read_prompts(args.prompts) if args.prompts else self.model.prompts
             if hasattr(self.model, "labels"):
                 known = [str(label) for label in self.model.encode(known)["class_labels"].tolist()]
@@ -470,10 +498,11 @@ class Setting:
     def check_bad(self, where, bad, count):
         """Pictures that could not be used are named and counted; too many end the evaluation."""
         if len(bad) > data.BAD_SHARE * count:
-            raise UserError(f"{len(bad)} of the {count} pictures in {where} cannot be used, more than one in a hundred: " + "; ".join(f"{file}: {why}" for file, why in list(bad.items())[:3]))
+            raise UserError(f"{len(bad)} of the {count} pictures in {where} cannot be used, more than one in a hundred: {some_of(bad)}")
         if bad:
             self.bad |= bad
-            self.warnings.append(f"{len(bad)} of {count} pictures in {where} could not be used and were left out: " + ", ".join(list(bad)[:3]) + ("" if len(bad) <= 3 else ", ..."))
+            named = ", ".join(list(bad)[:3]) + (", ..." if len(bad) > 3 else "")
+            self.warnings.append(f"{len(bad)} of {count} pictures in {where} could not be used and were left out: {named}")
 
     def measure(self, sources):
         """[(label, {name: Figure}), ...] in the first process, [] in the others."""
@@ -487,7 +516,8 @@ class Setting:
             count = int((judged.pop("index") < source.counted).sum())
             figures = figures_of(judged, prompts, count, self.reference, self.judge, self.args.seed)
             if self.protocol.published and count < self.protocol.samples:
-                self.warnings.append(f"{source.label}: {count:,} of the {self.protocol.samples:,} pictures of {self.name} compare with nothing that is published")
+                self.warnings.append(f"{source.label}: {count:,} of the {self.protocol.samples:,} pictures of {self.name} compare with nothing "
+                                     "that is published")
             elif "fid" in figures and count < 2048:
                 self.warnings.append(f"{source.label}: a fid of {count:,} pictures, fewer than features, says little")
             table.append((source.label, figures))
@@ -513,9 +543,8 @@ def cell(value, error):
 
 
 def table_text(table, warnings):
-    names = list(dict.fromkeys(name for _, figures in table for name in figures))
-    rows = [["", *names]] + [[label, *(cell(figures[name].value, figures[name].error) if name in figures else "-" for name in names)] for label, figures in table]
-    return aligned(rows) + "".join(f"\nWARNING: {text}" for text in warnings)
+    show = lambda figure: cell(figure.value, figure.error)
+    return aligned(table, show) + "".join(f"\nWARNING: {text}" for text in warnings)
 
 
 def differences(table):
@@ -525,29 +554,34 @@ def differences(table):
 
 
 def differences_text(rows, first):
-    names = list(dict.fromkeys(name for _, figures in rows for name in figures))
-
-    def show(value, error):
+    def show(difference):
+        value, error = difference
         low, high = value - 1.96 * error, value + 1.96 * error
         return f"{value:+.3g} [{low:.3g}, {high:.3g}]" + ("*" if low > 0 or high < 0 else " ")
 
-    return f"less {first}, 95 % intervals; * where 0 is outside\n" + aligned([["", *names]] + [[label, *(show(*figures[name]) if name in figures else "-" for name in names)] for label, figures in rows])
+    return f"less {first}, 95 % intervals; * where 0 is outside\n" + aligned(rows, show)
 
 
-def aligned(rows):
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
+def aligned(table, show):
+    """[(label, {name: entry}), ...] as text, a column for each name."""
+    names = list(dict.fromkeys(name for _, entries in table for name in entries))
+    rows = [["", *names]] + [[label, *(show(entries[name]) if name in entries else "-" for name in names)] for label, entries in table]
+    first, *others = [max(map(len, column)) for column in zip(*rows)]
+    lines = (row[0].ljust(first) + "".join("  " + text.rjust(width) for text, width in zip(row[1:], others)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def versions():
     import diffusers
     import transformers
-    found = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
-    return found | ({"torch-fidelity": has_fidelity().__version__} if has_fidelity() else {})
+    packages = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "numpy": np}
+    packages |= {"torch-fidelity": has_fidelity()} if has_fidelity() else {}
+    return {"python": platform.python_version()} | {name: package.__version__ for name, package in packages.items()}
 
 
 def health_of(path):
-    """Means of the run's own figures, which know of the fake score, over the 50 rows before its end or before that checkpoint; nothing of a student that is no run."""
+    """Means of the run's own figures, which know of the fake score, over the 50 rows before its end or before that checkpoint; nothing of a
+    student that is no run."""
     run, named = checkpoint.locate(path)
     rows = []
     for line in (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else ():
@@ -568,19 +602,30 @@ def interval(value, error):
 
 
 def json_figures(figures):
-    return {name: {"value": finite(figure.value), "standard_error": finite(figure.error), "interval_95": interval(figure.value, figure.error)} for name, figure in figures.items()}
+    return {name: {"value": finite(figure.value), "standard_error": finite(figure.error), "interval_95": interval(figure.value, figure.error)}
+            for name, figure in figures.items()}
+
+
+def json_differences(own):
+    return {name: {"value": finite(value), "interval_95": interval(value, error)} for name, (value, error) in own.items()}
 
 
 def report_of(setting, table, weights, seconds, health):
     """All that metrics.json says."""
     args = setting.args
-    return {"protocol": setting.name, "about": setting.protocol.about, "command": sys.argv[1:], "model": setting.model and setting.model.name, "samples": setting.counted, "repeated_prompts": len(setting.prompts) - setting.counted,
-            "prompts_sha256": hashlib.sha256("\n".join(setting.prompts).encode()).hexdigest(), "seed": args.seed, "guidance": args.guidance, "teacher_steps": args.teacher_steps, "sampler": args.sampler,
-            "dtype": args.dtype, "device": args.device, "processes": fsdp.world(), "batch_size": args.batch_size, "coverage_samples": setting.coverage_samples, "coverage_repeats": COVERAGE_REPEATS,
-            "reference": args.reference, "weights": weights | (models.prints(setting.model) if setting.model else {}) | {name: value for judge in setting.judges for name, value in judge.about.items()}, "versions": versions(),
-            "warnings": setting.warnings, "left_out": setting.bad, "health": health, "seconds": round(seconds, 1),
-            "rows": [{"label": label} | json_figures(own) for label, own in table],
-            "differences_to_first": [{"label": label} | {name: {"value": finite(value), "interval_95": interval(value, error)} for name, (value, error) in own.items()} for label, own in differences(table)]}
+    weights = weights | (models.prints(setting.model) if setting.model else {}) | judges.about(setting.judges)
+    return {
+        "protocol": setting.name, "about": setting.protocol.about, "command": sys.argv[1:], "model": setting.model and setting.model.name,
+        "samples": setting.counted, "repeated_prompts": len(setting.prompts) - setting.counted,
+        "prompts_sha256": hashlib.sha256("\n".join(setting.prompts).encode()).hexdigest(),
+        "seed": args.seed, "guidance": args.guidance, "teacher_steps": args.teacher_steps, "sampler": args.sampler, "dtype": args.dtype,
+        "device": args.device, "processes": fsdp.world(), "batch_size": args.batch_size,
+        "coverage_samples": setting.coverage_samples, "coverage_repeats": COVERAGE_REPEATS,
+        "reference": args.reference, "weights": weights, "versions": versions(),
+        "warnings": setting.warnings, "left_out": setting.bad, "health": health, "seconds": round(seconds, 1),
+        "rows": [{"label": label} | json_figures(own) for label, own in table],
+        "differences_to_first": [{"label": label} | json_differences(own) for label, own in differences(table)],
+    }
 
 
 def write_report(out, report, text):
@@ -593,21 +638,30 @@ def write_report(out, report, text):
 def parse_arguments():
     parser = errors.Parser(__doc__)
     sample.add_common_flags(parser)
-    parser.add_argument("--compare", nargs="+", metavar="PATH", help="several students, as --student takes them, in one table with their teacher")
+    parser.add_argument("--compare", nargs="+", metavar="PATH",
+                        help="several students, as --student takes them, in one table with their teacher")
     parser.add_argument("--teacher-only", action="store_true", help="no student is needed")
-    parser.add_argument("--no-teacher", action="store_true", help="leave out the teacher's row, which costs the most; differences are then to the first student")
-    parser.add_argument("--pictures", nargs="+", metavar="DIR", help="folders of pictures (or EDM's .zip), a row each; without --student, --compare or --model no model is loaded")
+    parser.add_argument("--no-teacher", action="store_true",
+                        help="leave out the teacher's row, which costs the most; differences are then to the first student")
+    parser.add_argument("--pictures", nargs="+", metavar="DIR", help="folders of pictures (or EDM's .zip), a row each; without --student, "
+                                                                     "--compare or --model no model is loaded")
     parser.add_argument("--watch", metavar="RUN", help="evaluate each new checkpoint of this run until it ends")
-    parser.add_argument("--protocol", choices=judges.PROTOCOLS, help="what is drawn, how it is cut and resized, and what a number compares with (default: by the model); judges.py has the sources")
+    parser.add_argument("--protocol", choices=judges.PROTOCOLS, help="what is drawn, how it is cut and resized, and what a number compares "
+                                                                     "with (default: by the model); judges.py has the sources")
     parser.add_argument("--samples", type=errors.positive, help="(default: the protocol's)")
-    parser.add_argument("--prompts", metavar="FILE", help=".txt, one a line, or a pickled list; labels or their names for class-conditional models")
-    parser.add_argument("--no-coverage", action="store_true", help="leave out the repeated prompts, by which coverage and diversity are measured")
+    parser.add_argument("--prompts", metavar="FILE",
+                        help=".txt, one a line, or a pickled list; labels or their names for class-conditional models")
+    parser.add_argument("--no-coverage", action="store_true",
+                        help="leave out the repeated prompts, by which coverage and diversity are measured")
     parser.add_argument("--reference", metavar="PATH", help="for fid: a folder of pictures, EDM's .zip, or statistics (.npz, EDM's too)")
     parser.add_argument("--write-reference", metavar="FILE", help="write the statistics of --reference to an .npz, and no more")
-    parser.add_argument("--inception", metavar="FILE", help=f"the Inception network's weights, {Path(judges.INCEPTION_URL).name} (default: where torch-fidelity has it)")
+    parser.add_argument("--inception", metavar="FILE", help=f"the Inception network's weights, {Path(judges.INCEPTION_URL).name} "
+                                                            "(default: where torch-fidelity has it)")
     parser.add_argument("--clip", nargs="+", metavar="NAME", help="CLIP score: vit-b/32, vit-g/14, or a folder or hub id of a CLIP model")
-    parser.add_argument("--pickscore", nargs="?", const=judges.PICKSCORE, metavar="PATH", help=f"folder or hub id (default {judges.PICKSCORE})")
-    parser.add_argument("--image-reward", nargs="?", const="ImageReward-v1.0", metavar="PATH", help="its file of weights, or what its package fetches (pip install image-reward)")
+    parser.add_argument("--pickscore", nargs="?", const=judges.PICKSCORE, metavar="PATH",
+                        help=f"folder or hub id (default {judges.PICKSCORE})")
+    parser.add_argument("--image-reward", nargs="?", const="ImageReward-v1.0", metavar="PATH",
+                        help="its file of weights, or what its package fetches (pip install image-reward)")
     parser.add_argument("--batch-size", type=errors.positive, default=50, help="pictures drawn and judged at once")
     parser.add_argument("--out", metavar="DIR", help="(default: evaluation, or RUN/evaluation with --watch)")
     args = parser.parse_args()
@@ -650,7 +704,8 @@ def evaluate(args):
         setting = Setting(args, model)
         args.guidance = guidance
         if len({student.guidance for student in students}) > 1:
-            setting.warnings.append(f"the students were distilled with different guidance: {', '.join(f'{student.name} {student.guidance}' for student in students)}; the teacher's row has {guidance:g}")
+            theirs = ", ".join(f"{student.name} {student.guidance}" for student in students)
+            setting.warnings.append(f"the students were distilled with different guidance: {theirs}; the teacher's row has {guidance:g}")
         few = few_steps(args, students) if setting.judge and not args.compare else ()
         key = {"kind": "teacher", "weights": models.fingerprint(model.teacher)}
         sources = [drawn(setting, row, key | {"row": row.label}) for row in teacher_rows(model, guidance, few, args)]
@@ -661,14 +716,17 @@ def evaluate(args):
         return
     weights = {source.label: source.key["weights"] for source in sources if "weights" in source.key}
     health = {student.name: found for student in students if (found := health_of(student.path))}
-    shown = [(label, own) for label, own in differences(table) if any(label == source.label and source.key["kind"] in ("student", "folder") for source in sources)]
+    judged = {source.label for source in sources if source.key["kind"] in ("student", "folder")}
+    shown = [(label, own) for label, own in differences(table) if label in judged]
     text = table_text(table, setting.warnings) + ("\n\n" + differences_text(shown, table[0][0]) if shown else "")
     for name, figures in health.items():
-        text += f"\n\nhealth of {name} while it trained, over its last rows: " + ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
+        told = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
+        text += f"\n\nhealth of {name} while it trained, over its last rows: {told}"
     if setting.protocol.published:
         text += f"\n\npublished: {setting.protocol.published}"
     write_report(Path(args.out), report_of(setting, table, weights, time.perf_counter() - began, health), text)
-    print(f"{setting.counted or 'all'} samples by {setting.name}" + (f"; {len(setting.prompts) - setting.counted} more of repeated prompts" if len(setting.prompts) > setting.counted else ""))
+    repeated = len(setting.prompts) - setting.counted
+    print(f"{setting.counted or 'all'} samples by {setting.name}" + (f"; {repeated} more of repeated prompts" if repeated else ""))
     print(text + f"\nnumbers: {args.out}/metrics.json")
 
 
@@ -678,16 +736,19 @@ def few_steps(args, students):
 
 def measure_plane(args, model, students, guidance):
     rows = teacher_rows(model, guidance, few_steps(args, students), args) + [row for student in students for row in student.rows(model)]
-    table = [(label, {name: Figure(value, error) for name, (value, error) in own.items()}) for label, own in model.measure_rows(rows, guidance, max(row.noises for row in rows), args.seed)]
+    measured = model.measure_rows(rows, guidance, max(row.noises for row in rows), args.seed)
+    table = [(label, {name: Figure(value, error) for name, (value, error) in own.items()}) for label, own in measured]
     if fsdp.first():
-        report = {"model": model.name, "command": sys.argv[1:], "guidance": guidance, "seed": args.seed, "versions": versions(), "rows": [{"label": label} | json_figures(own) for label, own in table]}
+        report = {"model": model.name, "command": sys.argv[1:], "guidance": guidance, "seed": args.seed, "versions": versions(),
+                  "rows": [{"label": label} | json_figures(own) for label, own in table]}
         write_report(Path(args.out), report, table_text(table, []))
         print(table_text(table, []) + f"\nnumbers: {args.out}/metrics.json")
 
 
 # ---------------------------------------------------------------------------------------------------- watching a run
 
-WATCHED = ("model", "protocol", "samples", "prompts", "no_coverage", "reference", "inception", "clip", "pickscore", "image_reward", "steps", "first_timestep", "seed", "dtype", "vae", "batch_size")
+WATCHED = ("model", "protocol", "samples", "prompts", "no_coverage", "reference", "inception", "clip", "pickscore", "image_reward", "steps",
+           "first_timestep", "seed", "dtype", "vae", "batch_size")
 
 
 def watch(args, pause=5.0):
@@ -719,8 +780,8 @@ def watch(args, pause=5.0):
                 print(f"passed over {folder.name}: {error}")  # --keep has deleted it meanwhile, or what it draws is no picture
                 passed.add((number, digest))
                 continue
-            rows = sorted([row for row in rows if row["iteration"] != number] + [{"iteration": number, "checkpoint": digest, "asked": asked, "figures": json_figures(figures)}],
-                          key=lambda row: row["iteration"])
+            new_row = {"iteration": number, "checkpoint": digest, "asked": asked, "figures": json_figures(figures)}
+            rows = sorted([row for row in rows if row["iteration"] != number] + [new_row], key=lambda row: row["iteration"])
             checkpoint.replace_file(out / "watch.jsonl", lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)))
             shutil.rmtree(setting.parts)  # of a checkpoint that is evaluated once
             draw_watched(rows, out / "curves.png")
@@ -735,7 +796,8 @@ def watch(args, pause=5.0):
 
 def draw_watched(rows, path):
     names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
-    sample.draw_curves({name: [(row["iteration"], row["figures"][name]["value"]) for row in rows if name in row["figures"]] for name in names}, path)
+    curve = lambda name: [(row["iteration"], row["figures"][name]["value"]) for row in rows if name in row["figures"]]
+    sample.draw_curves({name: curve(name) for name in names}, path)
 
 
 def read_rows(path):
@@ -753,8 +815,13 @@ def main():
     fsdp.from_first(lambda: checkpoint.make_writable(Path(args.out)))
     try:
         watch(args) if args.watch else evaluate(args)
+    except UserError:
+        with contextlib.suppress(OSError):  # refused before anything was judged: leave no empty folder
+            Path(args.out).rmdir()
+        raise
     except KeyboardInterrupt:
-        raise UserError(f"interrupted; what has been judged is kept in {args.out}/parts, and the same command goes on with the rest", status=130) from None
+        raise UserError(f"interrupted; what has been judged is kept in {args.out}/parts, and the same command goes on with the rest",
+                        status=130) from None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What pictures are judged by: Inception features, CLIP, PickScore, ImageReward, the embedded set, gauges that need no network; and the protocols
-that say which pictures, how many, and how they are cut and resized before a network sees them.
+"""What pictures are judged by: Inception features, CLIP, PickScore, ImageReward, the embedded set, gauges that need no network; and the
+protocols that say which pictures, how many, and how they are cut and resized before a network sees them.
 
-A judge is called with a batch of pictures [(3, H, W), ...] in [0, 1], as they were drawn, with their protocol's views {"whole": (B, 3, h, w), ...}, and with their
-prompts; it gives {name: (B, ...)}, something for each picture. What is said of all of them together is computed from that, in eval.py. Judges lie in evaluation mode on one
-device; `about` says what they are, checksums of weights included.
+A judge is called with a batch of pictures [(3, H, W), ...] in [0, 1], as they were drawn, with their protocol's views
+{"whole": (B, 3, h, w), ...}, and with their prompts; it gives {name: (B, ...)}, something for each picture. What is said of all of them
+together is computed from that, in eval.py. Judges lie in evaluation mode on one device; `about` says what they are, checksums of weights
+included.
 """
 
 import functools
@@ -42,9 +43,9 @@ def patch(size):
 
 @dataclass
 class Protocol:
-    """samples: how many. size: of the pictures that a model has to draw; None takes any. views: {name: what is done to a picture (PIL -> PIL), None
-    for nothing}; of each there are Inception features, and the first is what gauges and the embedded set see. resize: how Inception gets to 299 pixels. reference: how many pictures
-    samples are compared with. published: numbers that compare with what it gives."""
+    """samples: how many. size: of the pictures that a model has to draw; None takes any. views: {name: what is done to a picture (PIL -> PIL),
+    None for nothing}; of each there are Inception features, and the first is what gauges and the embedded set see. resize: how Inception
+    gets to 299 pixels. reference: how many pictures samples are compared with. published: numbers that compare with what it gives."""
     samples: int
     size: int | None
     views: dict
@@ -59,21 +60,29 @@ class Protocol:
 PROTOCOLS = {
     "imagenet64-50k": Protocol(50_000, 64, {"whole": None}, "tensorflow", prompts="labels", reference=1_281_167,
                                published="one step: DMD2 FID 1.51, 1.28 resumed, 2.61 without a GAN; f-distill (JS) 1.16", about=(
-        "50,000 samples of 64x64, sample i of label i mod 1000, compared as they are with the statistics of all 1,281,167 training pictures "
-        "(EDM's fid-refs/imagenet-64x64.npz: mu and sigma of 2,048 Inception features). Sources: DMD2's main/edm/test_folder_edm.py (labels in turn) and "
-        "EDM's fid.py (statistics, uint8 pictures, resizing inside the network). EDM's paper reports the least of three such numbers with different seeds; this is one.")),
+        "50,000 samples of 64x64, sample i of label i mod 1000, compared as they are with the statistics of all 1,281,167 training "
+        "pictures (EDM's fid-refs/imagenet-64x64.npz: mu and sigma of 2,048 Inception features). Sources: DMD2's "
+        "main/edm/test_folder_edm.py (labels in turn) and EDM's fid.py (statistics, uint8 pictures, resizing inside the network). EDM's "
+        "paper reports the least of three such numbers with different seeds; this is one.")),
     "coco30k-256": Protocol(30_000, 512, {"whole": square(256)}, "clean", reference=40_504,
                             published="SD1.5 in one step, guidance 1.75: DMD2 FID 9.28, 8.35 with a GAN; f-distill (JS) 7.42", about=(
-        "30,000 captions of COCO 2014's validation set, one 512x512 picture each, in their order (DMD2's captions_coco14_test.pkl), compared with the 40,504 pictures of val2014. Both: largest "
-        "square around the centre, Lanczos to 256, then clean-fid's resizing (bicubic, float, channel by channel) to 299; here that is rounded to whole "
-        "numbers, since torch-fidelity's network takes no others, and pixels are rounded to 8 bits, where DMD2 cuts them off. CLIP score of the same 256 pixels. Sources: DMD2's main/test_folder_sd.py, main/coco_eval/coco_evaluator.py, experiments/sdv1.5/README.md.")),
+        "30,000 captions of COCO 2014's validation set, one 512x512 picture each, in their order (DMD2's captions_coco14_test.pkl), "
+        "compared with the 40,504 pictures of val2014. Both: largest square around the centre, Lanczos to 256, then clean-fid's resizing "
+        "(bicubic, float, channel by channel) to 299; here that is rounded to whole numbers, since torch-fidelity's network takes no "
+        "others, and pixels are rounded to 8 bits, where DMD2 cuts them off. CLIP score of the same 256 pixels. Sources: DMD2's "
+        "main/test_folder_sd.py, main/coco_eval/coco_evaluator.py, experiments/sdv1.5/README.md.")),
     "coco10k-512": Protocol(10_000, 1024, {"whole": square(512), "patch": patch(299)}, "clean",
-                            published="SDXL in four steps: DMD2 FID 19.32, patch FID 20.86, CLIP .332; decoupled DMD FID 17.80, CLIP .336", about=(
-        "10,000 captions of COCO 2014 (DMD2's coco10k/all_prompts.pkl), one 1024x1024 picture each, compared with coco10k/subset. FID: largest square around the centre, "
-        "Lanczos to 512, clean-fid's resizing to 299, rounded. Patch FID: 299x299 pixels around the centre of the picture as it was drawn, and of the reference as it lies on disk. "
-        "CLIP score: of the picture as it was drawn, largest square, Lanczos to 256. Sources: DMD2's main/sdxl/test_folder_sdxl.py, main/coco_eval/coco_evaluator.py, experiments/sdxl/README.md.")),
-    "emoji": Protocol(300, 64, {"whole": None}, "tensorflow", prompts="captions", about="full captions of the embedded set, drawn without replacement by the seed; judged by the set itself"),
-    "emoji-classes": Protocol(1000, 16, {"whole": None}, "tensorflow", prompts="labels", about="the ten classes of the embedded class-conditional teacher in turn; judged by their pictures"),
+                            published="SDXL in four steps: DMD2 FID 19.32, patch FID 20.86, CLIP .332; decoupled DMD FID 17.80, CLIP .336",
+                            about=(
+        "10,000 captions of COCO 2014 (DMD2's coco10k/all_prompts.pkl), one 1024x1024 picture each, compared with coco10k/subset. FID: "
+        "largest square around the centre, Lanczos to 512, clean-fid's resizing to 299, rounded. Patch FID: 299x299 pixels around the "
+        "centre of the picture as it was drawn, and of the reference as it lies on disk. CLIP score: of the picture as it was drawn, "
+        "largest square, Lanczos to 256. Sources: DMD2's main/sdxl/test_folder_sdxl.py, main/coco_eval/coco_evaluator.py, "
+        "experiments/sdxl/README.md.")),
+    "emoji": Protocol(300, 64, {"whole": None}, "tensorflow", prompts="captions", about=(
+        "full captions of the embedded set, drawn without replacement by the seed; judged by the set itself")),
+    "emoji-classes": Protocol(1000, 16, {"whole": None}, "tensorflow", prompts="labels", about=(
+        "the ten classes of the embedded class-conditional teacher in turn; judged by their pictures")),
     "as-is": Protocol(1000, None, {"whole": None}, "tensorflow", about="pictures as they are; Inception resizes inside the network"),
 }
 
@@ -89,23 +98,30 @@ def from_pil(picture):
 
 
 def refuse_sizes(sizes):
-    raise UserError(f"pictures of several sizes, such as {' and '.join(f'{w}x{h}' for h, w in sorted(sizes)[:2])}, are compared as they are: resize them, or name a --protocol that does")
+    two = " and ".join(f"{w}x{h}" for h, w in sorted(sizes)[:2])
+    raise UserError(f"pictures of several sizes, such as {two}, are compared as they are: resize them, or name a --protocol that does")
 
 
 def views_of(pictures, protocol):
-    """[(3, H, W), ...] in [0, 1] -> {view: (B, 3, h, w)}. Raises UserError where pictures are compared as they are and have several sizes, or another than
-    the protocol's."""
-    if protocol.size and None in protocol.views.values():
-        wrong = next((picture.shape for picture in pictures if tuple(picture.shape[1:]) != (protocol.size, protocol.size)), None)
+    """[(3, H, W), ...] in [0, 1] -> {view: (B, 3, h, w)}. Raises UserError where pictures are compared as they are and have several sizes, or
+    another than the protocol's."""
+    size, seen = protocol.size, {}
+    if size and None in protocol.views.values():
+        wrong = next((picture.shape for picture in pictures if tuple(picture.shape[1:]) != (size, size)), None)
         if wrong:
-            raise UserError(f"a picture has {wrong[2]}x{wrong[1]} pixels; this protocol compares pictures of {protocol.size}x{protocol.size} as they are")
-    seen = {name: [picture if change is None else from_pil(change(to_pil(picture))) for picture in pictures] for name, change in protocol.views.items()}
-    for name, changed in seen.items():
+            raise UserError(f"a picture has {wrong[2]}x{wrong[1]} pixels; this protocol compares pictures of {size}x{size} as they are")
+    for name, change in protocol.views.items():
+        changed = [picture if change is None else from_pil(change(to_pil(picture))) for picture in pictures]
         sizes = {tuple(picture.shape[1:]) for picture in changed}
         if len(sizes) > 1:
             refuse_sizes(sizes)
         seen[name] = torch.stack(changed)
     return seen
+
+
+def about(judges):
+    """What they say of themselves, together."""
+    return {name: value for judge in judges for name, value in judge.about.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- Inception
@@ -119,13 +135,17 @@ def import_fidelity(what):
         import torch_fidelity.feature_extractor_inceptionv3
         return torch_fidelity
     except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch raises the latter
-        raise UserError(f"{what} needs a package that {'is not installed' if isinstance(error, ModuleNotFoundError) else f'cannot be imported ({models.first_line(error)})'}: "
-                        "pip install torch-fidelity torchvision") from None
+        missing = isinstance(error, ModuleNotFoundError)
+        trouble = "is not installed" if missing else f"cannot be imported ({models.first_line(error)})"
+        raise UserError(f"{what} needs a package that {trouble}: pip install torch-fidelity torchvision") from None
 
 
 def clean_resize(pictures, size=299):
-    """clean-fid's (2104.11222): each channel as float32, PIL's bicubic filter with antialiasing. (B, 3, H, W) in [0, 1] -> (B, 3, 299, 299) in [0, 255]."""
-    channel = lambda values: torch.from_numpy(np.asarray(Image.fromarray(values.numpy(), "F").resize((size, size), Image.Resampling.BICUBIC)).copy())
+    """clean-fid's (2104.11222): each channel as float32, PIL's bicubic filter with antialiasing. (B, 3, H, W) in [0, 1] -> (B, 3, 299, 299)
+    in [0, 255]."""
+    def channel(values):
+        return torch.from_numpy(np.asarray(Image.fromarray(values.numpy(), "F").resize((size, size), Image.Resampling.BICUBIC)).copy())
+
     bytes_ = (pictures.cpu() * 255).round()
     return torch.stack([torch.stack([channel(values) for values in picture]) for picture in bytes_]).clamp(0, 255)
 
@@ -139,8 +159,9 @@ class Inception:
         if not path.is_file():
             raise UserError(f"--inception {path}: there is no such file. It is {Path(INCEPTION_URL).name}: curl -LO {INCEPTION_URL}")
         models.read_weights(path, "the Inception network")  # of which nothing is executed; torch-fidelity does not look before it loads
+        make = fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3
         try:
-            self.network = fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
+            self.network = make("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
         except (RuntimeError, KeyError) as error:
             raise UserError(f"--inception {path} is no Inception network of torch-fidelity: {models.first_line(error)}") from None
         self.network, self.resize, self.device = self.network.to(device), resize, device
@@ -178,9 +199,9 @@ def find_on_hub(path):
 class Clip:
     """Cosine of picture and text, with a CLIP model of transformers. 2104.08718
 
-    As in DMD2's evaluation: the tokens of "A photo depicts" go between the start token and those of the caption, which itself was cut to the
-    model's length; all of that is cut to the length again, and its last token is then the end token. The picture is 256x256 (largest square, Lanczos) before
-    CLIP's own resizing.
+    As in DMD2's evaluation: the tokens of "A photo depicts" go between the start token and those of the caption, which itself was cut to
+    the model's length; all of that is cut to the length again, and its last token is then the end token. The picture is 256x256 (largest
+    square, Lanczos) before CLIP's own resizing.
     """
 
     flag, prefix = "--clip", CLIP_PREFIX
@@ -195,8 +216,9 @@ class Clip:
                 self.network = CLIPModel.from_pretrained(path).to(device, torch.float32).eval()
                 self.tokenizer, self.processor = CLIPTokenizer.from_pretrained(path), CLIPImageProcessorPil.from_pretrained(path)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, models.SafetensorError) as error:
-            raise UserError(f"{self.flag} {path} is not on this machine and cannot be fetched, or is no CLIP model of transformers: {models.first_line(error)}. Where there is a network: "
-                            f"hf download {path} --local-dir DIR, then {self.flag} DIR") from None
+            raise UserError(f"{self.flag} {path} is not on this machine and cannot be fetched, or is no CLIP model of transformers: "
+                            f"{models.first_line(error)}. Where there is a network: hf download {path} --local-dir DIR, then "
+                            f"{self.flag} DIR") from None
         self.name, self.device, self.length = name, device, self.network.config.text_config.max_position_embeddings
         self.about = {name: models.fingerprint(self.network)}
 
@@ -227,7 +249,8 @@ class Clip:
 
 
 class PickScore(Clip):
-    """PickScore (2305.01569): the cosine of a CLIP-H trained on preferences, times its logit scale, as its model card says. No prefix; the whole picture."""
+    """PickScore (2305.01569): the cosine of a CLIP-H trained on preferences, times its logit scale, as its model card says. No prefix; the
+    whole picture."""
 
     flag, prefix = "--pickscore", ""
     square = staticmethod(lambda picture: picture)
@@ -237,38 +260,43 @@ class PickScore(Clip):
 
 
 class ImageReward:
-    """ImageReward (2304.05977), by its authors' package, which brings or fetches the weights itself; beside a file of weights it wants med_config.json."""
+    """ImageReward (2304.05977), by its authors' package, which brings or fetches the weights itself; beside a file of weights it wants
+    med_config.json."""
 
     def __init__(self, path, device):
         try:
             import ImageReward as package
         except ImportError as error:
-            raise UserError(f"--image-reward needs a package that is not installed or cannot be imported ({models.first_line(error)}): pip install image-reward, which itself needs OpenAI's clip and a "
-                            "transformers before 5") from None
+            raise UserError(f"--image-reward needs a package that is not installed or cannot be imported ({models.first_line(error)}): "
+                            "pip install image-reward, which itself needs OpenAI's clip and a transformers before 5") from None
         config = Path(path).parent / "med_config.json"
         try:
-            self.network = package.load(str(path), device=str(device), med_config=str(config) if Path(path).is_file() and config.is_file() else None)
+            beside = str(config) if Path(path).is_file() and config.is_file() else None
+            self.network = package.load(str(path), device=str(device), med_config=beside)
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"--image-reward {path} is not on this machine and cannot be fetched: {models.first_line(error)}. Where there is a network: hf download THUDM/ImageReward "
-                            "--local-dir DIR, then --image-reward DIR/ImageReward.pt") from None
+            raise UserError(f"--image-reward {path} is not on this machine and cannot be fetched: {models.first_line(error)}. Where there is a "
+                            "network: hf download THUDM/ImageReward --local-dir DIR, then --image-reward DIR/ImageReward.pt") from None
         self.about = {"image reward": models.fingerprint(self.network)}
 
     def __call__(self, pictures, views, prompts):
-        return {"image reward": torch.tensor([self.network.score(prompt, to_pil(picture)) for prompt, picture in zip(prompts, pictures)])}
+        scores = [self.network.score(prompt, to_pil(picture)) for prompt, picture in zip(prompts, pictures)]
+        return {"image reward": torch.tensor(scores)}
 
 
 # ---------------------------------------------------------------------------------------------------- gauges
 
 class Gauges:
-    """What needs no network. mean and deviation of a picture's values; saturation, the mean over pixels of the largest less the smallest colour; and a
-    thumbnail of 32x32, by which pictures of one prompt are compared. An over-saturated student shows in deviation and saturation, a collapsed one in the thumbnails."""
+    """What needs no network. mean and deviation of a picture's values; saturation, the mean over pixels of the largest less the smallest
+    colour; and a thumbnail of 32x32, by which pictures of one prompt are compared. An over-saturated student shows in deviation and
+    saturation, a collapsed one in the thumbnails."""
 
     about = {}
 
     def __call__(self, pictures, views, prompts):
         seen = next(iter(views.values())).cpu()
         small = F.adaptive_avg_pool2d(seen, min(32, *seen.shape[-2:]))
-        return {"mean": seen.mean((1, 2, 3)), "deviation": seen.flatten(1).std(dim=1), "saturation": (seen.amax(1) - seen.amin(1)).mean((1, 2)),
+        return {"mean": seen.mean((1, 2, 3)), "deviation": seen.flatten(1).std(dim=1),
+                "saturation": (seen.amax(1) - seen.amin(1)).mean((1, 2)),
                 "thumbnail": (small * 255).round().to(torch.uint8), "size": torch.tensor([seen.shape[-2:]] * len(seen))}
 
 
@@ -332,7 +360,8 @@ class EmojiJudge:
             words = set(prompt.split())
             found = [i for i, own in enumerate(self.words) if words <= own]
         if not found:
-            raise UserError(f"nothing in the embedded set is right for the prompt {prompt!r}: " + (f"prompts are the classes 0 to {len(self.classes) - 1}" if self.classes else "prompts are words of its captions"))
+            right = f"the classes 0 to {len(self.classes) - 1}" if self.classes else "words of its captions"
+            raise UserError(f"nothing in the embedded set is right for the prompt {prompt!r}: prompts are {right}")
         return found
 
     def real(self, prompts, seed):

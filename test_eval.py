@@ -498,12 +498,13 @@ def test_names_of_classes(tmp_path):
     (["--sampler", "heun", "--teacher-only"], "--sampler heun is of EDM's networks"),
     (["--watch", "absent"], "there is no run"),
     (["--pictures", "absent"], "there is no folder of pictures absent"),
+    (["--model", "emoji-classes", "--teacher-only", "--clip", "vit-b/32"], "by captions; the prompts of .* are labels"),
 ])
 def test_bad_input(flags, says, tmp_path, capsys):
     assert run("eval.py", *flags, "--out", tmp_path / "out") == 2
     printed = capsys.readouterr().err
     assert re.search(says, printed) and printed.count("\n") == 1
-    assert not (tmp_path / "out" / "metrics.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_embedded_set_judges_pictures_with_captions_only(tmp_path, capsys):
