@@ -110,7 +110,8 @@ def read_configuration(out):
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        what = f"{path} is damaged" if path.is_file() else "it has no config.json, so no run has begun there" if path.parent.is_dir() else "there is no such directory"
+        what = "it has no config.json, so no run has begun there" if path.parent.is_dir() else "there is no such directory"
+        what = f"{path} is damaged" if path.is_file() else what
         raise UserError(f"there is no run to resume at {out}: {what}") from None
 
 

@@ -164,7 +164,10 @@ def read_prompts(path):
     """list of str from a text file, one prompt a line, blank lines left out, or from a pickle (.pkl)."""
     path = Path(path)
     try:
-        prompts = read_pickle(path) if path.suffix in (".pkl", ".pickle") else [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if path.suffix in (".pkl", ".pickle"):
+            prompts = read_pickle(path)
+        else:
+            prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"the prompt file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -214,7 +217,8 @@ def check_labels(model, real):
         if unknown >= model.labels:
             raise UserError(f"--real has labels up to {unknown}; the labels of {model.name} are 0 to {model.labels - 1}")
         if isinstance(real, PictureFolder) and unknown + 1 < model.labels:
-            fsdp.say(f"warning: --real has {unknown + 1} classes, {model.name} has {model.labels}: the folders, in the order of their names, are the labels 0 to {unknown}")
+            fsdp.say(f"warning: --real has {unknown + 1} classes, {model.name} has {model.labels}: the folders, in the order of their names, "
+                     f"are the labels 0 to {unknown}")
 
 
 def need_encoder(model):
@@ -229,7 +233,8 @@ class EmojiData:
     def __init__(self, model, groups, prompts, views, width=1.0):
         """groups: lists of indices, one of which is drawn first, each as often. prompts(indices, draws) -> what says what they are."""
         need_encoder(model)
-        self.model, self.pictures, self.groups, self.prompts, self.views, self.width = model, emoji_pictures(2 * model.picture_size), groups, prompts, views, width
+        self.model, self.pictures = model, emoji_pictures(2 * model.picture_size)
+        self.groups, self.prompts, self.views, self.width = groups, prompts, views, width
         self.count = sum(map(len, groups)) * views
         self.known = torch.zeros(len(self.pictures) * views, dtype=torch.bool)
         self.x = torch.zeros(len(self.known), *model.sample_shape, device=model.device)
@@ -287,7 +292,8 @@ class Lmdb:
         self.model, self.count, size = model, count, math.prod(shape) * np.dtype(self.dtype).itemsize
         for i in range(fsdp.rank(), count, fsdp.world()):  # looks the entries up, but does not read them
             if len(self.get(f"{self.values}_{i}_data")) != size or not self.get(f"{self.captions}_{i}_data"):
-                raise UserError(f"--real {folder}: entry {i} of {count} has {len(self.get(f'{self.values}_{i}_data'))} bytes of {self.values}, not {size}, or no caption")
+                held = len(self.get(f"{self.values}_{i}_data"))
+                raise UserError(f"--real {folder}: entry {i} of {count} has {held} bytes of {self.values}, not {size}, or no caption")
 
     def get(self, name):
         value = self.reader.get(name.encode())
@@ -335,12 +341,14 @@ def list_pictures(folder, labels=False):
     if (folder / "metadata.jsonl").is_file():
         try:
             rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines() if line.strip()]
-            found = [(folder / row["file_name"], next((row[name] for name in ("text", "caption", "prompt") if isinstance(row.get(name), str)), None)) for row in rows]
+            caption = lambda row: next((row[name] for name in ("text", "caption", "prompt") if isinstance(row.get(name), str)), None)
+            found = [(folder / row["file_name"], caption(row)) for row in rows]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / 'metadata.jsonl'} should have lines with file_name and text: {type(error).__name__} {error}") from None
     else:
         files = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-        found = [(file, file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip() if file.with_suffix(".txt").is_file() else None) for file in files]
+        caption = lambda file: file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else None
+        found = [(file, caption(file.with_suffix(".txt"))) for file in files]
     if not found:
         raise UserError(f"there are no pictures in {folder}")
     return sorted(found, key=lambda entry: str(entry[0]))
@@ -416,7 +424,8 @@ class PictureReader(PictureFiles):
     def __init__(self, folder, size, bad_share=BAD_SHARE, labels=False):
         super().__init__(folder, labels)
         if all(caption is None for _, caption in self.entries):
-            raise UserError(f"none of the {len(self.entries)} pictures in {folder} has a caption: they stand in metadata.jsonl (file_name, text) or in a .txt beside each picture")
+            raise UserError(f"none of the {len(self.entries)} pictures in {folder} has a caption: they stand in metadata.jsonl (file_name, text) "
+                            "or in a .txt beside each picture")
         self.resolution, self.crop = size, crop_as_adm if labels else crop_as_stable_diffusion
         self.allowed, self.bad = bad_share * len(self.entries), {}
 
@@ -455,7 +464,8 @@ class PictureFolder:
 
     def draw(self, draws):
         pictures, prompts = zip(*(self.one(i) for i in (draws.uniform() * len(self.reader.entries)).long().tolist()))
-        return torch.cat([self.model.latents(as_sample(picture[None])) for picture in pictures]), list(prompts)  # one at a time: rounding then does not depend on the rest
+        # Encoded one at a time: rounding then does not depend on the rest.
+        return torch.cat([self.model.latents(as_sample(picture[None])) for picture in pictures]), list(prompts)
 
 
 # ---------------------------------------------------------------------------------------------------- shards: pairs and latents
@@ -476,7 +486,8 @@ class Shards:
         except (OSError, ValueError, TypeError, KeyError):
             raise UserError(f"there are no {what} in {folder}: make them with {command}") from None
         if made_by and self.config.get("made_by") != made_by:
-            raise UserError(f"the {what} in {folder} were made by the weights of {self.config.get('model') or 'another model'}, which are not those of {model.name}: make others with {command}")
+            raise UserError(f"the {what} in {folder} were made by the weights of {self.config.get('model') or 'another model'}, which are not "
+                            f"those of {model.name}: make others with {command}")
         files = [Path(folder) / f"{i:05d}.safetensors" for i in range(math.ceil(count / SHARD))]
         missing = sum(not file.is_file() for file in files)
         if missing:
@@ -729,7 +740,8 @@ def parse_arguments():
     latents = parser.add_argument_group("latents and pixels")
     latents.add_argument("--images", metavar="DIR", help="folder of pictures with captions; for pixels a folder with one for each class, or EDM's .zip")
     latents.add_argument("--size", type=errors.positive, default=64, help="of pixels")
-    latents.add_argument("--bad-share", type=errors.weight, default=BAD_SHARE, help="of the pictures that may be damaged or without a caption: they are named and left out")
+    latents.add_argument("--bad-share", type=errors.weight, default=BAD_SHARE,
+                         help="of the pictures that may be damaged or without a caption: they are named and left out")
     args = parser.parse_args()
     if args.what != "pairs" and not args.images:
         parser.error(f"{args.what} need --images DIR, a folder of pictures")

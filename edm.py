@@ -175,14 +175,16 @@ def diffusers_weights(tensors, sizes):
                 continue
             place = {"enc_block": f"down_blocks.{number}.resnets.{digits}", "enc_down": f"down_blocks.{number - 1}.downsamplers.0",
                      "dec_in": f"mid_block.resnets.{digits}", "dec_block": f"up_blocks.{up}.resnets.{digits}", "dec_up": f"up_blocks.{up - 1}.upsamplers.0"}
-            inside, place = rest[1], place[f"{first}_{re.sub(r'[0-9]', '', what)}"]
+            inside, kind, place = rest[1], rest[2], place[f"{first}_{re.sub(r'[0-9]', '', what)}"]
+            attention = place.replace("resnets", "attentions")
+            if inside in ("qkv", "proj") and kind == "weight":
+                tensor = tensor[:, :, 0, 0]  # 1x1 convolutions, where diffusers has linear layers
             if inside == "qkv":  # rows are (head * 64 + channel) * 3 + which
-                for k, part in enumerate("qkv"):
-                    renamed[f"{place.replace('resnets', 'attentions')}.to_{part}.{rest[2]}"] = tensor[k::3] if rest[2] == "bias" else tensor[k::3, :, 0, 0]
+                renamed |= {f"{attention}.to_{part}.{kind}": tensor[k::3] for k, part in enumerate("qkv")}
             elif inside in ATTENTION:
-                renamed[f"{place.replace('resnets', 'attentions')}.{ATTENTION[inside]}.{rest[2]}"] = tensor[:, :, 0, 0] if inside == "proj" and rest[2] == "weight" else tensor
+                renamed[f"{attention}.{ATTENTION[inside]}.{kind}"] = tensor
             else:
-                renamed[f"{place}.{INSIDE[inside]}.{rest[2]}"] = tensor
+                renamed[f"{place}.{INSIDE[inside]}.{kind}"] = tensor
         else:
             raise UserError(f"EDM's network has an unknown weight {name}")
     return renamed
@@ -233,7 +235,7 @@ class Model:
 
     network_class = UNet2DModel
     encoder_print, decodes = None, True
-    default_guidance = 1.0
+    default_guidance, default_teacher_steps = 1.0, 18  # the latter as in EDM's generate.py
 
     def __init__(self, name, network, device="cpu", dtype=torch.float32, teacher_device=None):
         self.name, self.device, self.dtype, self.frozen_dtype = name, torch.device(device), dtype, torch.float32
@@ -257,8 +259,9 @@ class Model:
         for prompt in prompts:
             if prompt.strip().lower() not in known:
                 close = difflib.get_close_matches(prompt.lower(), known, 1)
-                raise UserError(f"{prompt!r} is no prompt of {self.name}: its prompts are the labels 0 to {self.labels - 1}"
-                                + (f", or their names, such as {self.names[0]!r}" if self.names else "") + (f". Did you mean {close[0]!r}?" if close and not prompt.isdecimal() else ""))
+                names = f", or their names, such as {self.names[0]!r}" if self.names else ""
+                guess = f". Did you mean {close[0]!r}?" if close and not prompt.isdecimal() else ""
+                raise UserError(f"{prompt!r} is no prompt of {self.name}: its prompts are the labels 0 to {self.labels - 1}{names}{guess}")
         return {"class_labels": torch.tensor([known[prompt.strip().lower()] for prompt in prompts], device=self.device)}
 
     def caption(self, prompt):

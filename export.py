@@ -70,7 +70,8 @@ def model_card(model, timesteps, config):
         load = [f'pipe = {pipeline}.from_pretrained("{teacher}")', 'pipe.load_lora_weights("path/to/this/folder")']
     else:
         load = ['student = UNet2DConditionModel.from_pretrained("path/to/this/folder")', f'pipe = {pipeline}.from_pretrained("{teacher}", unet=student)']
-    flags = "\n".join(f"| {name} | {value} |" for name, value in config.items() if value not in (None, False) and name not in ("keep", "picture_every", "save_every", "timeout", "track"))
+    of_no_interest = ("keep", "picture_every", "save_every", "timeout", "track")
+    flags = "\n".join(f"| {name} | {value} |" for name, value in config.items() if value not in (None, False) and name not in of_no_interest)
     return f"""---
 base_model: {teacher}
 pipeline_tag: text-to-image

@@ -212,7 +212,8 @@ def plant(kind, rank=1, iteration=3):
 def torchrun(*arguments, processes=2, restarts=0):
     """(exit status, what was printed)"""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
-    done = subprocess.run([*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout
 
 

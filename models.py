@@ -339,7 +339,8 @@ class Model:
     The network is kept in float32 unless `held_in` says otherwise: students start as copies of it.
     """
 
-    def __init__(self, name, pipe, device="cpu", dtype=torch.float32, held_in=torch.float32, teacher_device=None, text_device=None, vae_device=None, own_vae=True):
+    def __init__(self, name, pipe, device="cpu", dtype=torch.float32, held_in=torch.float32, teacher_device=None, text_device=None,
+                 vae_device=None, own_vae=True):
         self.name, self.device, self.dtype, self.network_class = name, torch.device(device), dtype, type(pipe.unet)
         self.frozen_dtype = dtype  # of a teacher
         self.schedule, self.prediction = read_scheduler(pipe.scheduler, name)
@@ -694,8 +695,9 @@ def read_weights(path, what="the student"):
             warnings.simplefilter("ignore")
             weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        damaged = "it is cut off or no file of weights"
-        why = "it holds more than weights, which is not loaded" if isinstance(error, pickle.UnpicklingError) else damaged if path.is_file() else first_line(error)
+        why = "it is cut off or no file of weights" if path.is_file() else first_line(error)
+        if isinstance(error, pickle.UnpicklingError):
+            why = "it holds more than weights, which is not loaded"
         raise UserError(f"{what} {path} cannot be loaded: {why}") from None
     if not isinstance(weights, dict) or not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{what} {path} is no file of weights by name")
@@ -704,10 +706,11 @@ def read_weights(path, what="the student"):
 
 def load_weights(network, weights, path, model):
     own = network.state_dict()
-    wrong = next((f"{name} is {tuple(weights[name].shape)}, not {tuple(own[name].shape)}" for name in own if name in weights and weights[name].shape != own[name].shape), None)
-    missing, unknown = [name for name in own if name not in weights], [name for name in weights if name not in own]
-    if missing or unknown or wrong:
-        raise UserError(f"the student {path} does not fit {model.name}: " + (wrong or (f"it has no {missing[0]}" if missing else f"{unknown[0]} is not known there")))
+    wrong = [f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+             for name, tensor in own.items() if name in weights and weights[name].shape != tensor.shape]
+    wrong += [f"it has no {name}" for name in own if name not in weights] + [f"{name} is not known there" for name in weights if name not in own]
+    if wrong:
+        raise UserError(f"the student {path} does not fit {model.name}: {wrong[0]}")
     network.load_state_dict(weights)
 
 
@@ -721,7 +724,8 @@ def merge_lora(network, weights, path, model):
             names = {name.split(".lora")[0].removeprefix("unet.") for name in state if name.startswith("unet.")}
             modules = {name for name, _ in network.named_modules()}
             if not names or names - modules:
-                raise UserError(f"the LoRA {path} does not fit {model.name}: " + (f"{min(names - modules)} is not known there" if names else "it has no part for the UNet"))
+                wrong = f"{min(names - modules)} is not known there" if names else "it has no part for the UNet"
+                raise UserError(f"the LoRA {path} does not fit {model.name}: {wrong}")
             kind.load_lora_into_unet(state, network_alphas=alphas, unet=network, metadata=metadata)
             network.fuse_lora()
             network.unload_lora()

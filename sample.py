@@ -4,7 +4,7 @@
     python sample.py --prompts "cat face" "red apple" "crescent moon" # words ...
     python sample.py --prompts prompts.txt --out grid.png             # ... or a file, one prompt a line
     python sample.py --student runs/mine --steps 4 1 --guidance 5     # another run; rows for 4 and 1 student steps
-    python sample.py --student runs/imagenet --prompts 207 "giant panda" --teacher-steps 18    # classes, by number or name
+    python sample.py --student runs/imagenet --prompts 207 "giant panda"    # classes, by number or name
     python sample.py --student dmd2_sdxl_4step_unet_fp16.bin --model stabilityai/stable-diffusion-xl-base-1.0 --dtype fp16 --images out
 
 Rows: the teacher at --teacher-steps with guidance, the teacher at the most and the fewest steps of the student (what
@@ -26,7 +26,7 @@ import models
 from errors import UserError
 
 DEFAULT_RUN = "runs/dmd2"
-DEFAULT_GUIDANCE = 3.0
+DEFAULT_GUIDANCE, DEFAULT_TEACHER_STEPS = 3.0, 50
 PROMPTS = ("cat face with wry smile", "red apple", "crescent moon", "rocket", "heart with arrow", "penguin", "hot beverage", "cat")
 
 
@@ -163,7 +163,7 @@ def add_common_flags(parser):
     parser.add_argument("--steps", type=errors.positive, nargs="+",
                         help="numbers of student steps (default: what it was distilled for, half of it, and 1)")
     parser.add_argument("--first-timestep", type=errors.natural, metavar="T", help="of the student's sampler (default: what it was distilled for, else the noisiest)")
-    parser.add_argument("--teacher-steps", type=errors.positive, default=50)
+    parser.add_argument("--teacher-steps", type=errors.positive, help=f"(default: {DEFAULT_TEACHER_STEPS}, or 18 of EDM's networks)")
     parser.add_argument("--sampler", choices=SAMPLERS, help="of the teacher: deterministic is ours (DDIM); heun and stochastic are EDM's, for its networks, "
                                                             "whose default is heun")
     parser.add_argument("--guidance", type=errors.positive_number, help="of the teacher (default: what the student was distilled with, else 3, or 1 for classes)")
@@ -206,6 +206,10 @@ class Student:
         return [student_row(self.denoiser, model.schedule.timesteps(steps, self.first_timestep), self.name) for steps in self.steps]
 
 
+def default_teacher_steps(model):
+    return min(getattr(model, "default_teacher_steps", DEFAULT_TEACHER_STEPS), len(model.schedule))
+
+
 def check_steps(model, steps, first_timestep=None):
     levels = len(model.schedule) if first_timestep is None else first_timestep + 1
     if not steps <= levels <= len(model.schedule):
@@ -219,12 +223,14 @@ def load_teacher(args, config):
     dtype = getattr(torch, args.dtype)
     model = models.load_model(args.model or config.get("model") or data.EMOJI_TEACHER, args.device, dtype, vae=args.vae, held_in=dtype,
                               text_device=args.text_device, vae_device=args.vae_device)
+    args.teacher_steps = args.teacher_steps or default_teacher_steps(model)
     check_steps(model, args.teacher_steps)
     return model
 
 
 def load_teacher_and_students(args, paths):
-    """The model, the students at these paths with the steps to draw each at, and the guidance scale to use: what is not said the students' runs know."""
+    """The model, the students at these paths with the steps to draw each at, and the guidance scale to use: what is not said the students'
+    runs know."""
     for path in paths:
         if not Path(path).exists():
             hint = ": make one with `python train.py`, or name another with --student" if str(path) == DEFAULT_RUN else ""
@@ -238,7 +244,8 @@ def load_teacher_and_students(args, paths):
         most = config.get("student_steps", 4)
         steps = args.steps or ([most] if len(paths) > 1 else sorted({most, max(1, most // 2), 1}, reverse=True))
         students.append(Student.load(path, model, args, steps, short_name(path, paths)))
-    return model, students, args.guidance or next((student.guidance for student in students if student.guidance), getattr(model, "default_guidance", DEFAULT_GUIDANCE))
+    known = [student.guidance for student in students if student.guidance]
+    return model, students, args.guidance or (known[0] if known else getattr(model, "default_guidance", DEFAULT_GUIDANCE))
 
 
 def teacher_path(config):
@@ -252,7 +259,10 @@ def short_name(path, paths):
     if len(paths) == 1:
         return "student"
     parts = [Path(other).parts for other in paths]
-    return next((name for i in range(1, 1 + min(map(len, parts))) if len({own[-i:] for own in parts}) == len(parts) for name in ["/".join(Path(path).parts[-i:])]), str(path))
+    for i in range(1, 1 + min(map(len, parts))):
+        if len({own[-i:] for own in parts}) == len(parts):
+            return "/".join(Path(path).parts[-i:])
+    return str(path)
 
 
 def parse_arguments():

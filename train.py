@@ -107,7 +107,8 @@ def add_run_flags(parser):
     memory = parser.add_argument_group("memory")
     memory.add_argument("--micro-batch", type=errors.positive, metavar="N", help="samples that a process passes through a network at once; the rest of its share "
                                                                                  "of the batch follows in turn, which is gradient accumulation (default: all)")
-    memory.add_argument("--activation-checkpointing", action=argparse.BooleanOptionalAction, default=False, help="compute activations again in the backward pass rather than keep them")
+    memory.add_argument("--activation-checkpointing", action=argparse.BooleanOptionalAction, default=False,
+                        help="compute activations again in the backward pass rather than keep them")
     memory.add_argument("--vae", metavar="PATH", help="another decoder, such as madebyollin/taesd; none leaves it and the pictures out")
     memory.add_argument("--vae-device", metavar="DEVICE", help="such as cpu (default: --device)")
     memory.add_argument("--text-device", metavar="DEVICE", help="of the text encoders (default: --device)")
@@ -198,7 +199,8 @@ class Sources:
     def about(self):
         """What a run that is gone on with has to have again."""
         digest = hashlib.sha256("\n".join(self.prompts.texts).encode()).hexdigest()[:16]
-        return {"prompts": f"{len(self.prompts.texts)} ({digest})", "real data": getattr(self.real, "count", None), "pairs": getattr(self.pairs, "count", None)}
+        return {"prompts": f"{len(self.prompts.texts)} ({digest})", "real data": getattr(self.real, "count", None),
+                "pairs": getattr(self.pairs, "count", None)}
 
 
 def open_sources(model, args):
@@ -252,7 +254,8 @@ class Networks:
                    "fake_score": (self.fake_score, frozen(self.fake_score))}
         if self.averaged_student is self.student:
             del modules["averaged_student"]
-        return {f"{part}.{name}": tensor for part, (module, without) in modules.items() for name, tensor in module.state_dict().items() if name not in without}
+        return {f"{part}.{name}": tensor for part, (module, without) in modules.items()
+                for name, tensor in module.state_dict().items() if name not in without}
 
     @torch.no_grad()
     def move_average(self, decay):
@@ -281,7 +284,8 @@ def teacher_statistics(model, prompts, seed, at_once, count=64):
     """[mean, variance] over all elements of the teacher's samples without guidance."""
     noise = sample.column_noise(model, count, 1, seed)
     texts = prompts.draw(data.Draws(seed, 0, count))
-    x = sample.draw_in_batches(sample.teacher_row(model, min(50, len(model.schedule)), 1.0), noise, model.encode(texts), at_once)
+    teacher = sample.teacher_row(model, sample.default_teacher_steps(model), 1.0)
+    x = sample.draw_in_batches(teacher, noise, model.encode(texts), at_once)
     return [x.mean().item(), x.var().item()]
 
 
@@ -518,7 +522,7 @@ class Gallery:
         self.prompts = [prompts.texts[i * len(prompts.texts) // 8] for i in range(min(8, len(prompts.texts)))]
         self.cond = networks.model.encode(self.prompts)
         self.noise = sample.column_noise(networks.model, len(self.prompts), args.student_steps + 1, args.seed)
-        row = sample.teacher_row(networks.model, min(50, len(networks.schedule)), args.guidance)
+        row = sample.teacher_row(networks.model, sample.default_teacher_steps(networks.model), args.guidance)
         self.x_teacher = sample.draw_in_batches(row, self.noise, self.cond, networks.at_once)
         self.decode = lambda x: networks.model.decode(x, networks.at_once)
         self.teacher = (row.label, self.decode(self.x_teacher)) if networks.model.decodes and fsdp.first() else None
@@ -555,7 +559,8 @@ class Tracker:
 
     def log(self, iteration, figures, picture=None):
         if self.package:
-            figures = {key: value for key, value in figures.items() if key != "iteration"} | ({"picture": self.package.Image(str(picture))} if picture else {})
+            figures = {key: value for key, value in figures.items() if key != "iteration"}
+            figures |= {"picture": self.package.Image(str(picture))} if picture else {}
             self.package.log(figures, step=iteration)
 
     def finish(self):
@@ -711,9 +716,11 @@ def prepare(args, mesh=None):
                               vae=args.vae, teacher_device="cpu" if mesh else None, text_device=args.text_device, vae_device=args.vae_device)
     levels = len(model.schedule) if args.first_timestep is None else args.first_timestep + 1
     if not args.student_steps <= levels <= len(model.schedule):
-        raise errors.UserError(f"--student-steps {args.student_steps} and --first-timestep {levels - 1} do not fit the model's {len(model.schedule)} noise levels")
+        raise errors.UserError(f"--student-steps {args.student_steps} and --first-timestep {levels - 1} do not fit the model's "
+                               f"{len(model.schedule)} noise levels")
     if model.prediction == "edm" and args.guidance != 1:
-        fsdp.say(f"warning: --guidance {args.guidance:g}: EDM's networks learnt every picture with its label, and what they say without one guides nowhere; --guidance 1 is none")
+        fsdp.say(f"warning: --guidance {args.guidance:g}: EDM's networks learnt every picture with its label, and what they say without one "
+                 "guides nowhere; --guidance 1 is none")
     fsdp.share(args.batch_size)
     if args.track:
         import_tracker(args.track)
