@@ -41,7 +41,7 @@ RUN = ["--model", "gmm", "--variant", "fdistill", "--batch-size", "8", "--fake-u
 
 def fork_train(flags, log, processes=0, nodes=1, before=None):
     """train.py with these flags in forked processes, as a launcher would start them, or plainly if processes is 0; returns their
-    pids. Forking saves the seconds that it takes to import torch and to fit the plane's network, which this process has done."""
+    pids. Forking saves the seconds that it takes to import all and to fit the plane's network, if this process has loaded the model."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -292,7 +292,7 @@ def main():
         parser.error(f"there is no fault {unknown.pop()}: {', '.join(TABLES)}")
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    gmm.fitted_weights("gmm")
+    gmm.Model("gmm")  # fits its network, and imports what diffusers imports late: the forked processes then have both
     options = {"kill": dict(kills=args.kills, processes=args.processes, seed=args.seed), "soak": dict(iterations=args.iterations, batch_size=args.batch_size)}
     failed = False
     for name in args.faults or [name for name in TABLES if name != "soak"]:

@@ -102,6 +102,7 @@ def make_runs(work):
     run("emoji-plain", *emoji)
     run("emoji-two", *emoji, processes=2)
     run("emoji-memory", *emoji, "--micro-batch", 1, "--activation-checkpointing", processes=2)
+    run("six", "--iterations", 6, processes=2)
     run("parts", *PLANE, "--micro-batch", 3, processes=2)  # a share of four, in three and one
     if LORA:
         for name, processes in (("emoji-lora-one", 0), ("emoji-lora-two", 2)):
@@ -283,14 +284,12 @@ def test_one_process_that_fails_stops_all_and_says_why_once(tmp_path, kind, stat
     assert before_summary.count(cause) == 1, printed
 
 
-def test_torchrun_s_restart_goes_on_from_the_last_checkpoint(tmp_path):
-    reference, out = tmp_path / "reference", tmp_path / "run"
-    flags = [*faults.RUN, "--iterations", 6]
-    for folder, restarts, command in ((reference, 0, [HERE / "train.py"]), (out, 1, [HERE / "faults.py", "planted", "kill"])):
-        status, printed = faults.torchrun(*command, *flags, "--out", folder, restarts=restarts)
-        assert status == 0, printed
+def test_torchrun_s_restart_goes_on_from_the_last_checkpoint(runs, tmp_path):
+    out = tmp_path / "run"
+    status, printed = faults.torchrun(HERE / "faults.py", "planted", "kill", *faults.RUN, "--iterations", 6, "--out", out, restarts=1)
+    assert status == 0, printed
     assert f"going on from {out}/checkpoints/" in printed
-    assert faults.same_state(out, reference)
+    assert faults.same_state(out, runs / "six")
 
 
 def test_a_signal_to_torchrun_saves_and_says_how_to_go_on(tmp_path):
@@ -344,5 +343,5 @@ def test_benchmark_under_torchrun():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    faults.gmm.fitted_weights("gmm")
+    faults.gmm.Model("gmm"), models.load_model(data.EMOJI_TEACHER)  # which the forked processes then need not fit and import
     make_runs(Path(sys.argv[1]))
