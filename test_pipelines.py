@@ -315,7 +315,7 @@ def test_every_recipe_makes_two_iterations(folders, pictures, tmp_path, recipe):
         guidance = "8"
         assert run("data.py", "pairs", "--model", folder, "--out", tmp_path / "pairs", "--count", 4, "--steps", 2, "--guidance", guidance, "--prompts", write_prompts(folder)) == 0
         flags += ["--pairs", tmp_path / "pairs"]
-    assert run("train.py", f"@{HERE / 'recipes' / recipe}.args", "--model", folder, "--prompts", write_prompts(folder), "--out", tmp_path / "run", *SMALL, "--micro-batch", 1, *flags) == 0
+    assert run("train.py", f"@{HERE / 'recipes' / recipe}.args", "--model", folder, "--prompts", write_prompts(folder), "--out", tmp_path / "run", *SMALL, "--batch-size", 4, "--micro-batch", 2, *flags) == 0
     assert (tmp_path / "run" / "student" / "README.md").is_file() and list((tmp_path / "run" / "pictures").glob("*.png"))
     if recipe in ("sd15_1step", "sdxl_1step_pretrain"):  # the recipe that goes on from this one
         after = {"sd15_1step": "sd15_1step_gan", "sdxl_1step_pretrain": "sdxl_1step"}[recipe]
