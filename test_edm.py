@@ -259,6 +259,10 @@ def test_every_recipe_trains_and_its_student_draws(classes, tmp_path, recipe):
     assert UNet2DModel.from_pretrained(tmp_path / "run" / "student").config.num_class_embeds == 11
 
 
+def test_the_teacher_s_steps_are_those_of_its_family(model):
+    assert sample.default_teacher_steps(model) == 18 and sample.default_teacher_steps(models.load_model(data.EMOJI_TEACHER)) == 50
+
+
 def test_what_only_stable_diffusion_has_is_refused(tmp_path, capsys):
     folder = tmp_path / "unet"
     models.load_model(TINY).origin.network.save_pretrained(folder)
