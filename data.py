@@ -437,6 +437,8 @@ class PictureReader(PictureFiles):
                 raise ValueError("it has no caption")
             return load_picture(self.file(i), self.resolution, self.crop), caption
         except Exception as error:
+            if str(file) not in self.bad:
+                fsdp.say(f"warning: {file} cannot be used: {str(error) or type(error).__name__}")
             self.bad[str(file)] = str(error) or type(error).__name__
             if len(self.bad) > self.allowed:
                 raise UserError(f"{len(self.bad)} of the {len(self.entries)} pictures in {self.folder} cannot be used, more than the share that is allowed: "

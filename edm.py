@@ -191,10 +191,14 @@ def diffusers_weights(tensors, sizes):
 
 
 def network_of(tensors):
-    options = architecture(tensors)
-    network = DiffusersUNet(**options)
-    sizes = [options["sample_size"] // 2 ** k for k in range(len(options["block_out_channels"]))]
-    network.load_state_dict(diffusers_weights(tensors, sizes))
+    """Raises UserError where a weight is missing or has another shape than its neighbours ask for."""
+    try:
+        options = architecture(tensors)
+        network = DiffusersUNet(**options)
+        sizes = [options["sample_size"] // 2 ** k for k in range(len(options["block_out_channels"]))]
+        network.load_state_dict(diffusers_weights(tensors, sizes))
+    except (KeyError, IndexError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"this is not EDM's network with the ADM architecture: {' '.join(str(error).split())[:200]}") from None
     return network
 
 
@@ -292,13 +296,13 @@ class Model:
 
 
 def label_names(path, labels):
-    """Of labels.txt in the model's folder, a name a line; of 1,000 labels without one, ImageNet's."""
-    file = Path(path) / "labels.txt"
+    """Of labels.txt in the model's folder or beside its pickle, a name a line; of 1,000 labels without one, ImageNet's."""
+    file = (Path(path).parent if Path(path).is_file() else Path(path)) / "labels.txt"
     if not file.is_file():
         if labels != 1000:
             return []
         file = data.ASSETS / "imagenet_labels.txt"
-    names = file.read_text(encoding="utf-8").split("\n")[:-1]
+    names = file.read_text(encoding="utf-8").splitlines()
     if len(names) != labels:
         raise UserError(f"{file} has {len(names)} names for {labels} labels")
     return names

@@ -412,7 +412,9 @@ class Setting:
     """Protocol, judges, reference, prompts: what is the same for all rows."""
 
     def __init__(self, args, model=None):
-        self.args, self.model, self.warnings, self.bad = args, model, [], {}
+        self.args, self.model, self.warnings, self.bad, self.counts = args, model, [], {}, {}
+        if args.reference and not Path(args.reference).exists():
+            raise UserError(f"--reference {args.reference}: there is no such file or folder")
         self.name = args.protocol or default_protocol(model)
         self.protocol, self.parts = judges.PROTOCOLS[self.name], Path(args.out) / "parts"
         self.check_model()
@@ -495,6 +497,21 @@ class Setting:
             repeated = [word for word in COVERAGE_WORDS for _ in range(COVERAGE_SAMPLES * COVERAGE_REPEATS)]
         return prompts + ([] if args.no_coverage else repeated), len(prompts)
 
+    def check_captions(self, source):
+        """Of a folder's pictures, before any of them is judged by its caption."""
+        if source.key["kind"] != "folder":
+            return
+        flags = [judge.flag for judge in self.judges if getattr(judge, "flag", None)]
+        without = sum(not prompt or prompt.isdecimal() for prompt in source.prompts)
+        if flags and without:
+            raise UserError(f"{flags[0]} judges pictures by their captions, and {without} of {len(source.prompts)} in {source.label} have none: "
+                            "they stand in metadata.jsonl (file_name, text) or in a .txt beside each picture")
+        try:
+            for prompt in dict.fromkeys(source.prompts if self.judge else ()):
+                self.judge.accepted(prompt)
+        except UserError as error:
+            raise UserError(f"{source.label}: {error}") from None
+
     def check_bad(self, where, bad, count):
         """Pictures that could not be used are named and counted; too many end the evaluation."""
         if len(bad) > data.BAD_SHARE * count:
@@ -506,12 +523,15 @@ class Setting:
 
     def measure(self, sources):
         """[(label, {name: Figure}), ...] in the first process, [] in the others."""
+        for source in sources:
+            self.check_captions(source)
         files = [judge_pictures(source, self.judges, self.protocol, self.parts, self.args.batch_size) for source in sources]
         fsdp.from_all(None)  # all parts are there
         table = []
         for source, parts in zip(sources, files) if fsdp.first() else ():
             judged, bad = read_parts(parts)
             self.check_bad(source.label, bad, len(source.prompts))
+            self.counts[source.label] = len(judged["index"])
             prompts = [source.prompts[i] for i in judged["index"].tolist()]
             count = int((judged.pop("index") < source.counted).sum())
             figures = figures_of(judged, prompts, count, self.reference, self.judge, self.args.seed)
@@ -616,11 +636,11 @@ def report_of(setting, table, weights, seconds, health):
     weights = weights | (models.prints(setting.model) if setting.model else {}) | judges.about(setting.judges)
     return {
         "protocol": setting.name, "about": setting.protocol.about, "command": sys.argv[1:], "model": setting.model and setting.model.name,
-        "samples": setting.counted, "repeated_prompts": len(setting.prompts) - setting.counted,
+        "samples": setting.counted, "pictures": setting.counts, "repeated_prompts": len(setting.prompts) - setting.counted,
         "prompts_sha256": hashlib.sha256("\n".join(setting.prompts).encode()).hexdigest(),
         "seed": args.seed, "guidance": args.guidance, "teacher_steps": args.teacher_steps, "sampler": args.sampler, "dtype": args.dtype,
         "device": args.device, "processes": fsdp.world(), "batch_size": args.batch_size,
-        "coverage_samples": setting.coverage_samples, "coverage_repeats": COVERAGE_REPEATS,
+        "coverage_samples": setting.coverage_samples if setting.judge else None, "coverage_repeats": COVERAGE_REPEATS if setting.judge else None,
         "reference": args.reference, "weights": weights, "versions": versions(),
         "warnings": setting.warnings, "left_out": setting.bad, "health": health, "seconds": round(seconds, 1),
         "rows": [{"label": label} | json_figures(own) for label, own in table],
@@ -667,6 +687,10 @@ def parse_arguments():
     args = parser.parse_args()
     if args.write_reference and not args.reference:
         parser.error("--write-reference FILE needs --reference FOLDER, which it is made of")
+    if args.write_reference and (args.pictures or args.student or args.compare or args.watch):
+        parser.error("--write-reference writes statistics of --reference and judges nothing: leave out --pictures, --student, --compare and --watch")
+    if args.watch and (args.pictures or args.no_teacher or args.guidance or args.teacher_steps or args.sampler):
+        parser.error("--watch judges a run's students alone: leave out --pictures, --no-teacher, --guidance, --teacher-steps and --sampler")
     if (args.student is not None) + (args.compare is not None) + args.teacher_only + (args.watch is not None) > 1:
         parser.error("--student, --compare, --teacher-only and --watch are four ways to say which students: use one")
     args.out = args.out or (str(Path(args.watch) / "evaluation") if args.watch else "evaluation")
@@ -711,6 +735,12 @@ def evaluate(args):
         sources = [drawn(setting, row, key | {"row": row.label}) for row in teacher_rows(model, guidance, few, args)]
         sources += student_rows(setting, students) + ([real_pictures(setting)] if setting.judge else [])
     sources += [on_disk(folder, most=args.samples) for folder in args.pictures or ()]
+    if not sources:
+        raise UserError("no row is left to judge: --teacher-only and --no-teacher leave out both")
+    labels = [source.label for source in sources]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise UserError(f"two rows of the table are {twice[0]}: name each once")
     table = setting.measure(sources)
     if not fsdp.first():
         return
@@ -726,7 +756,8 @@ def evaluate(args):
         text += f"\n\npublished: {setting.protocol.published}"
     write_report(Path(args.out), report_of(setting, table, weights, time.perf_counter() - began, health), text)
     repeated = len(setting.prompts) - setting.counted
-    print(f"{setting.counted or 'all'} samples by {setting.name}" + (f"; {repeated} more of repeated prompts" if repeated else ""))
+    print(f"{setting.counted or max(setting.counts.values())} pictures a row by {setting.name}"
+          + (f"; {repeated} more of repeated prompts" if repeated else ""))
     print(text + f"\nnumbers: {args.out}/metrics.json")
 
 
@@ -816,8 +847,9 @@ def main():
     try:
         watch(args) if args.watch else evaluate(args)
     except UserError:
-        with contextlib.suppress(OSError):  # refused before anything was judged: leave no empty folder
-            Path(args.out).rmdir()
+        for folder in (*Path(args.out).glob("parts/*"), Path(args.out) / "parts", Path(args.out)):
+            with contextlib.suppress(OSError):  # refused before anything was judged: leave no empty folder
+                folder.rmdir()
         raise
     except KeyboardInterrupt:
         raise UserError(f"interrupted; what has been judged is kept in {args.out}/parts, and the same command goes on with the rest",

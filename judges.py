@@ -157,7 +157,7 @@ class Inception:
         fidelity = import_fidelity("--inception")
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"--inception {path}: there is no such file. It is {Path(INCEPTION_URL).name}: curl -LO {INCEPTION_URL}")
+            raise UserError(f"there is no file of Inception weights at {path}: curl -LO {INCEPTION_URL}, then --inception {Path(INCEPTION_URL).name}")
         models.read_weights(path, "the Inception network")  # of which nothing is executed; torch-fidelity does not look before it loads
         make = fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3
         try:
@@ -262,6 +262,8 @@ class PickScore(Clip):
 class ImageReward:
     """ImageReward (2304.05977), by its authors' package, which brings or fetches the weights itself; beside a file of weights it wants
     med_config.json."""
+
+    flag = "--image-reward"
 
     def __init__(self, path, device):
         try:

@@ -41,12 +41,15 @@ class Row:
 SAMPLERS = ("deterministic", "heun", "stochastic")
 
 
+def default_sampler(model):
+    return "heun" if model.prediction == "edm" else "deterministic"
+
+
 def teacher_row(model, steps, guidance, sampler=None):
     """sampler: deterministic is ours, for all models; heun and stochastic are EDM's, for its networks, with levels of their own, as many as
     steps; heun is these networks' default."""
-    of_edm = model.prediction == "edm"
-    sampler = sampler or ("heun" if of_edm else "deterministic")
-    if sampler != "deterministic" and not of_edm:
+    sampler = sampler or default_sampler(model)
+    if sampler != "deterministic" and model.prediction != "edm":
         raise UserError(f"--sampler {sampler} is of EDM's networks; {model.name} is none")
     levels = {"deterministic": model.schedule, "heun": models.edm_schedule(steps), "stochastic": models.stochastic_levels(steps)}[sampler].to(model.device)
     teacher = lambda x_t, t, cond: model.teacher(x_t, t, cond, levels)
@@ -58,7 +61,7 @@ def teacher_row(model, steps, guidance, sampler=None):
             return models.deterministic_sample(x0_of, noise[0], levels.timesteps(steps), levels)
         return models.heun_sample(x0_of, noise, levels, steps)
 
-    named = f"\n{sampler}" if of_edm else ""
+    named = "" if sampler == "deterministic" else f"\n{sampler}, {2 * steps - 1} pass{'es' * (steps > 1)}"
     return Row(f"teacher, {steps} step{'s' * (steps > 1)}{named}\nguidance {guidance:g}", draw, steps if sampler == "stochastic" else 1)
 
 
@@ -224,6 +227,7 @@ def load_teacher(args, config):
     model = models.load_model(args.model or config.get("model") or data.EMOJI_TEACHER, args.device, dtype, vae=args.vae, held_in=dtype,
                               text_device=args.text_device, vae_device=args.vae_device)
     args.teacher_steps = args.teacher_steps or default_teacher_steps(model)
+    args.sampler = args.sampler or default_sampler(model)
     check_steps(model, args.teacher_steps)
     return model
 

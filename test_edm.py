@@ -263,6 +263,21 @@ def test_the_teacher_s_steps_are_those_of_its_family(model):
     assert sample.default_teacher_steps(model) == 18 and sample.default_teacher_steps(models.load_model(data.EMOJI_TEACHER)) == 50
 
 
+@pytest.mark.parametrize("spoil", [lambda weights: weights.pop("map_label.weight"), lambda weights: weights.pop("out_norm.bias"),
+                                   lambda weights: weights.update({"map_layer0.weight": torch.zeros(3, 3)})])
+def test_weights_that_do_not_fit_are_refused(spoil):
+    weights = edm.read_pickle(TINY)
+    spoil(weights)
+    with pytest.raises(UserError, match="is not EDM's network"):
+        edm.network_of(weights)
+
+
+def test_names_of_labels_lie_beside_a_pickle(tmp_path):
+    shutil.copy(TINY, tmp_path / "tiny.pkl")
+    (tmp_path / "labels.txt").write_text("\n".join(f"name {i}" for i in range(10)))  # no newline at its end
+    assert models.load_model(tmp_path / "tiny.pkl").encode(["name 9"])["class_labels"].tolist() == [9]
+
+
 def test_what_only_stable_diffusion_has_is_refused(tmp_path, capsys):
     folder = tmp_path / "unet"
     models.load_model(TINY).origin.network.save_pretrained(folder)

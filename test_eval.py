@@ -227,7 +227,7 @@ def test_statistics_of_a_reference_give_what_its_folder_gives(inception, two_fol
     np.savez(tmp_path / "pickled.npz", mu=np.array([{}], dtype=object), sigma=np.eye(2))
     for reference, network, says in ((tmp_path / "vgg.npz", inception, "of another feature extractor: mu (4096,)"), (tmp_path / "b.npz", other, "made in another way: inception was"),
                                      (tmp_path / "cut.npz", inception, "no .npz with mu and sigma"), (tmp_path / "pickled.npz", inception, "no .npz with mu and sigma"),
-                                     (tmp_path / "absent.npz", inception, "no .npz with mu and sigma")):
+                                     (tmp_path / "absent.npz", inception, "there is no such file")):
         capsys.readouterr()
         assert run("eval.py", "--pictures", a, "--reference", reference, "--inception", network, "--device", "cpu", "--out", tmp_path / "bad") == 2
         assert says in capsys.readouterr().err and not (tmp_path / "bad" / "metrics.json").exists()
@@ -331,6 +331,7 @@ def test_text_scores_in_the_table_and_captions_of_folders(clip_folder, tmp_path)
     own = rows(tmp_path / "out")[str(folder)]
     judge = judges.Clip(str(clip_folder), "clip", "cpu")
     by_hand = judge([judges.from_pil(Image.open(folder / f"{i:03d}.png")) for i in range(4)], {}, ["cat face"] * 4)["clip"].mean().item()
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"] == {str(folder): 4}
     assert own["clip tiny-clip"]["value"] == pytest.approx(by_hand, abs=1e-6) and own["pickscore"]["standard_error"] > 0
 
 
@@ -352,7 +353,7 @@ def test_class_conditional_students_are_compared_from_the_same_noise(class_runs,
     assert run("eval.py", "--compare", one, two, tmp_path / "copy", *CLASSES, "--out", tmp_path / "out") == 0
     own = rows(tmp_path / "out")
     labels = ["0, 1 step", "1, 1 step", "copy, 1 step"]
-    assert list(own) == ["teacher, 2 steps, heun, guidance 1", *labels, "real pictures"]
+    assert list(own) == ["teacher, 2 steps, heun, 3 passes, guidance 1", *labels, "real pictures"]
     assert own[labels[0]] == own[labels[2]] != own[labels[1]]
     found = report(tmp_path / "out")
     assert found["versions"]["torch"] == torch.__version__ and found["weights"][labels[0]] == found["weights"][labels[2]] and found["seed"] == 0
@@ -498,6 +499,11 @@ def test_names_of_classes(tmp_path):
     (["--sampler", "heun", "--teacher-only"], "--sampler heun is of EDM's networks"),
     (["--watch", "absent"], "there is no run"),
     (["--pictures", "absent"], "there is no folder of pictures absent"),
+    (["--teacher-only", "--no-teacher", "--model", HERE / "assets" / "edm" / "edm_tiny.pkl"], "no row is left to judge"),
+    (["--watch", "absent", "--no-teacher"], "judges a run's students alone"),
+    (["--write-reference", "x.npz", "--reference", "y", "--pictures", "z"], "judges nothing"),
+    (["--pictures", HERE / "assets", "--reference", "absent.npz"], "--reference absent.npz: there is no such file"),
+    (["--pictures", HERE / "assets", HERE / "assets"], "two rows of the table are .*assets"),
     (["--model", "emoji-classes", "--teacher-only", "--clip", "vit-b/32"], "by captions; the prompts of .* are labels"),
 ])
 def test_bad_input(flags, says, tmp_path, capsys):
@@ -517,6 +523,12 @@ def test_the_embedded_set_judges_pictures_with_captions_only(tmp_path, capsys):
         (folder / f"{i:03d}.txt").write_text(caption)
     assert run("eval.py", "--protocol", "emoji", "--pictures", folder, "--out", tmp_path / "out") == 0
     assert rows(tmp_path / "out")[str(folder)]["alignment"]["value"] == 1
+
+
+def test_pictures_without_captions_are_not_judged_by_them(clip_folder, tmp_path, capsys):
+    folder = pictures(tmp_path / "some", 3)
+    assert run("eval.py", "--pictures", folder, "--clip", clip_folder, "--out", tmp_path / "out") == 2
+    assert "--clip judges pictures by their captions, and 3 of 3 in" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_teacher_is_the_same_whatever_it_is_called(class_runs, tmp_path):
