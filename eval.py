@@ -27,14 +27,16 @@ What is measured depends on the model, or on --protocol; each row of the table i
                set's 80 features.
   clip, pickscore, image reward    of each picture with its prompt: --clip, --pickscore, --image-reward.
   mean, deviation, saturation   of a picture's values in [0, 1], averaged: over-saturation shows as a rising deviation.
-  diversity    root mean square distance between thumbnails of the same prompt, averaged over prompts that have several samples.
+  diversity    root mean square distance between two thumbnails of the same prompt, averaged over pairs, then over prompts.
 
 A run on gmm.py's plane gets that file's figures instead, from four times 4096 samples; `measure` there says what they are.
 
 +- is a standard error: over samples where a figure is a mean, over 20 bootstrap draws of the samples for Frechet distances, over 10 splits
-for is, over subsets of 1,000 for kid (of ten thousand pictures or more; else ?), over repetitions for coverage, over prompts for diversity.
-The second table has differences to the teacher with 95 % intervals; where both rows were drawn from the same noise, sample by sample, the
-interval is of the paired differences.
+for is, over subsets of 1,000 for kid (of ten thousand pictures or more; else ?), over three repetitions for coverage, over prompts for
+diversity; for precision that of a share of the samples, for recall of a share of the reference's pictures. The second table has differences
+to the teacher with 95 % intervals, 1.96 standard errors. For means over samples and Frechet distances of rows drawn from the same noise they
+are of the paired differences; for precision, recall and coverage as if rows were independent, and coverage's, of three repetitions, are
+rather 80 %.
 """
 
 import contextlib
