@@ -142,23 +142,21 @@ def frechet_figure(features, reference, seed):
 
 
 def library_figures(features, logits, reference):
-    """What torch-fidelity computes of features (N, D), logits (N, 1008) or None, and the reference's features or None."""
+    """What torch-fidelity computes of features (N, D), Inception's logits (N, 1008) or None, and the reference's features or None."""
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import calculate_precision_recall_part
     figures = {}
-    if reference is not None:
+    if reference is not None and logits is not None:  # kid's kernel is made for Inception's features
         most = min(len(features), len(reference))
         subset = min(1000, most)
         found = kid_features_to_metric(features, reference, kid_subset_size=subset, verbose=False)
         independent = min(100, most // subset)  # subsets; where they share most of their samples their spread says nothing
         error = found["kernel_inception_distance_std"] / math.sqrt(independent) if independent >= 10 else math.nan
         figures["kid"] = Figure(found["kernel_inception_distance_mean"], error)
-        if min(len(features), len(reference)) > 3:
-            precision, recall = calculate_precision_recall_part(features, reference)
-            error = lambda share, count: math.sqrt(share * (1 - share) / count)
-            figures["precision"] = Figure(precision, error(precision, len(features)))
-            figures["recall"] = Figure(recall, error(recall, len(reference)))
+    if reference is not None and min(len(features), len(reference)) > 3:
+        for name, share, count in zip(("precision", "recall"), calculate_precision_recall_part(features, reference), (len(features), len(reference))):
+            figures[name] = Figure(share, math.sqrt(share * (1 - share) / count))
     if logits is not None and len(logits) >= 10:
         found = isc_features_to_metric(logits)
         figures["is"] = Figure(found["inception_score_mean"], found["inception_score_std"] / math.sqrt(10))
@@ -219,10 +217,7 @@ def figures_of(judged, prompts, count, reference, judge, seed):
         if "gaussian" in known:
             figures[title] = frechet_figure(features, known["gaussian"], seed)
         if view == ("whole" if "features whole" in main else "layout") and has_fidelity():
-            found = library_figures(features, main.get(f"logits {view}"), known.get("features"))
-            if view != "whole":
-                found.pop("kid", None)  # its kernel is made for Inception's features
-            figures |= found
+            figures |= library_figures(features, main.get(f"logits {view}"), known.get("features"))
     gauges = ("mean", "deviation", "saturation")
     scores = [name for name in main if main[name].dim() == 1 and name not in (*gauges, "nearest")]
     figures |= {name: mean_figure(main[name]) for name in (*scores, *gauges)}
