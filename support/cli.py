@@ -1,0 +1,166 @@
+"""Command lines: one-line errors, recipes, and the types of flags. Imports nothing slow."""
+
+import argparse
+import difflib
+import os
+import shlex
+import sys
+
+
+class UserError(Exception):
+    """Something that the user can mend. `status` is what the command exits with."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        text = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS) or "default" in text:
+            return text
+        return text + " (default %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, no abbreviations, and a guess at what a misspelt flag meant."""
+
+    def __init__(self, doc):
+        super().__init__(
+            description=doc,
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+            fromfile_prefix_chars="@",
+        )
+
+    def convert_arg_line_to_args(self, line):
+        """One line of a recipe, `@recipes/NAME.args`, read as a shell would read it."""
+        try:
+            return shlex.split(line.removeprefix("\ufeff"), comments=True)
+        except ValueError as error:
+            raise UserError(
+                f"the recipe has a line that cannot be read ({error}): {line}"
+            ) from None
+
+    def parse_args(self, arguments=None, namespace=None):
+        args, unknown = self.parse_known_args(arguments, namespace)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+            hint = f", did you mean {close[0]}?" if close else ", see --help"
+            self.error(f"unknown argument {unknown[0]}{hint}")
+        return args
+
+    def error(self, message):
+        if message.startswith("[Errno"):  # argparse's words for an @FILE that it cannot open
+            message = f"the recipe cannot be read: {message.split('] ', 1)[-1]}"
+        raise UserError(message)
+
+
+def answer_early(make_parser, doc, announce=None):
+    """Answer --help and mistakes in the flags at once: call this before torch is imported.
+    announce(args) then says what is going to happen."""
+
+    def parse():
+        args = make_parser(doc).parse_args()
+        if announce and os.environ.get("RANK", "0") == "0":
+            print(announce(args), flush=True)
+
+    run(parse)
+
+
+# ----------------------------------------------------------------------------- types of flags
+
+
+def positive(text):
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def natural(text):
+    """A whole number, 0 or above."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or above")
+    return int(text)
+
+
+def number_of(text):
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def positive_number(text):
+    """A finite number above 0."""
+    value = number_of(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def weight(text):
+    """A finite number, 0 or above."""
+    value = number_of(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or above")
+    return value
+
+
+def share(text):
+    """A number from 0 to 1."""
+    value = number_of(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def decay(text):
+    """A number from 0 to 1, without 1."""
+    value = number_of(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not in [0, 1)")
+    return value
+
+
+def dtype(*names):
+    """One of these names of dtypes, or its short form."""
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+    def parse(text):
+        if short.get(text, text) not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(names)}")
+        return short.get(text, text)
+
+    return parse
+
+
+def check_choice(flag, value, choices):
+    """For choices that lie in a table of a module that is slow to import."""
+    if value not in choices:
+        close = difflib.get_close_matches(value, choices, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"argument {flag}: {value!r} is not one of {', '.join(choices)}{hint}")
+
+
+# ----------------------------------------------------------------------------- running
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def run(main):
+    """Call main. A UserError becomes one line and its exit status."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,348 @@
+"""The flags of train.py, sample.py, eval.py and data.py. Imports nothing slow, so that --help and
+mistakes are answered at once."""
+
+import argparse
+
+from support import cli
+from support.cli import UserError
+
+DEFAULT_RUN = "runs/dmd2"
+SAMPLERS = ("deterministic", "heun", "stochastic")
+TRAINING_DTYPE = "bfloat16 on a GPU, float32 on a CPU; weights and optimizers are float32"
+UNSAVED = ("out", "resume")  # flags that are no part of what a run is
+
+
+def add_device_flags(parser, *dtypes, default):
+    parser.add_argument("--device", metavar="DEVICE", help="(default: cuda if there is one)")
+    parser.add_argument(
+        "--dtype",
+        type=cli.dtype(*dtypes),
+        metavar="DTYPE",
+        default=default,
+        help=f"of matrix products: {', '.join(dtypes)} (default: {default or TRAINING_DTYPE})",
+    )
+
+
+def add_memory_flags(parser):
+    parser.add_argument("--vae", metavar="PATH", help="another decoder, such as madebyollin/taesd")
+    parser.add_argument(
+        "--encoder-device", metavar="DEVICE", help="of text encoders and VAE (default: --device)"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="DIR",
+        help="for a single .safetensors --model: the directory of a pipeline of its kind "
+        "(default: the hub is asked)",
+    )
+
+
+# ----------------------------------------------------------------------------- train.py
+
+
+def train_parser(doc):
+    parser = cli.Parser(doc)
+    add_method_flags(parser.add_argument_group("method"))
+    add_optimisation_flags(parser.add_argument_group("optimisation"))
+    memory = parser.add_argument_group("memory")
+    memory.add_argument(
+        "--micro-batch",
+        type=cli.positive,
+        metavar="N",
+        help="samples that go through a network at once; the rest of a rank's batch follows in "
+        "turn, which is gradient accumulation (default: all)",
+    )
+    memory.add_argument(
+        "--activation-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="recompute activations in the backward pass",
+    )
+    add_memory_flags(memory)
+    add_run_flags(parser.add_argument_group("run"))
+    return parser
+
+
+def add_method_flags(group):
+    add = group.add_argument
+    add(
+        "--model",
+        metavar="PATH",
+        help="the teacher: Stable Diffusion 1.5, 2 or XL as a diffusers directory, hub id or "
+        ".safetensors file; EDM's .pkl or UNet2DModel directory; emoji-classes, the embedded one "
+        "of that kind (default: emoji, the embedded text-to-image teacher)",
+    )
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="training prompts: .txt, one a line, or a pickled list (default: the embedded set's)",
+    )
+    add(
+        "--real",
+        metavar="PATH",
+        help="real data, for the GAN and --student-input data: latents or pixels made by data.py, "
+        "a folder of images with captions, or DMD2's LMDB (default: the embedded set)",
+    )
+    add(
+        "--variant",
+        metavar="NAME",
+        default="dmd2",
+        help="a preset of the switches below: dmd, dmd2, fdistill or decoupled",
+    )
+    add("--student-steps", type=cli.positive, default=4, help="of the sampler it is trained for")
+    add(
+        "--first-timestep",
+        type=cli.natural,
+        metavar="T",
+        help="of the student's sampler (default: the noisiest, 999 of 1000)",
+    )
+    add(
+        "--student-input",
+        choices=("backward", "data"),
+        default="backward",
+        help="the student trains on its own earlier steps or on noised real data",
+    )
+    add("--guidance", type=cli.positive_number, default=3.0, help="of the teacher; 1 is none")
+    add(
+        "--fake-updates",
+        type=cli.positive,
+        default=5,
+        metavar="K",
+        help="fake-score updates for each of the student's",
+    )
+    add("--dm-weight", type=cli.weight, default=1.0, help="of distribution matching")
+    add("--ca-weight", type=cli.weight, default=1.0, help="of CFG augmentation")
+    add(
+        "--schedule",
+        metavar="NAME",
+        default="coupled",
+        help="noise levels of the two: coupled, full, constrained or hybrid",
+    )
+    add(
+        "--noise-levels",
+        type=cli.share,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=[0.02, 0.98],
+        help="the range of these levels, in shares of all timesteps",
+    )
+    add(
+        "--normaliser",
+        choices=("guided", "conditional", "none"),
+        default="guided",
+        help="the teacher's x0 that both are normalised by",
+    )
+    add("--normaliser-floor", type=cli.positive_number, default=1e-3)
+    add(
+        "--divergence",
+        metavar="NAME",
+        default="reverse-kl",
+        help="reverse-kl, or with the GAN softened-reverse-kl, js, hellinger, forward-kl, jeffreys",
+    )
+    add("--gan-weight", type=cli.weight, default=0.0, help="of the student's GAN loss")
+    add(
+        "--critic-weight",
+        type=cli.positive_number,
+        default=1e-2,
+        help="of the critic's loss beside the denoising loss",
+    )
+    add("--regression-weight", type=cli.weight, default=0.0)
+    add("--regression", choices=("mse", "lpips"), default="mse")
+    add("--pairs", metavar="DIR", help="for the regression: made by `python data.py pairs`")
+    add("--mean-variance-weight", type=cli.weight, default=0.0)
+    add(
+        "--lora",
+        type=cli.natural,
+        default=0,
+        metavar="RANK",
+        help="train a LoRA of this rank as the student; 0 is the whole network",
+    )
+    add(
+        "--fake-lora",
+        type=cli.natural,
+        metavar="RANK",
+        help="the same for the fake score (default: as --lora)",
+    )
+    add("--lora-alpha", type=cli.positive_number, default=8.0, help="a LoRA counts alpha / rank")
+
+
+def add_optimisation_flags(group):
+    add = group.add_argument
+    add("--iterations", type=cli.positive, default=600, help="fake-score updates in all")
+    add("--batch-size", type=cli.positive, default=32, help="over all ranks")
+    add("--learning-rate", type=cli.positive_number, default=2e-4, help="of the student")
+    add("--fake-learning-rate", type=cli.positive_number, default=2e-4, help="of the fake score")
+    add("--warmup", type=cli.natural, default=50, help="iterations until the rates are reached")
+    add("--clip", type=cli.weight, default=10.0, help="largest norm of a gradient; 0 is any")
+    add(
+        "--ema",
+        type=cli.decay,
+        default=0.95,
+        help="decay of the averaged student at each of its updates; 0 is none",
+    )
+
+
+def add_run_flags(group):
+    add = group.add_argument
+    add("--out", metavar="DIR", help="run directory (default: runs/VARIANT)")
+    add(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="go on with the run in DIR, or in --out, with its flags; other flags override them",
+    )
+    add(
+        "--init",
+        metavar="PATH",
+        help="begin with the weights of a run (student and fake score) or of any student",
+    )
+    add("--seed", type=cli.natural, default=0, help="everything random follows from it")
+    add_device_flags(group, "float32", "bfloat16", default=None)
+    add("--track", choices=("wandb", "trackio"), help="send metrics and images there too")
+    add(
+        "--save-every",
+        type=cli.positive,
+        default=100,
+        metavar="N",
+        help="iterations between checkpoints, images and curves",
+    )
+    add("--keep", type=cli.positive, default=2, metavar="N", help="newest checkpoints to keep")
+    add(
+        "--shard",
+        choices=("full", "hybrid", "none"),
+        default="full",
+        help="under torchrun each rank holds 1/N of the networks, 1/N of its node's copy, or all",
+    )
+
+
+def announce_train(args):
+    """One line, printed before anything slow is imported."""
+    if args.resume is not None:
+        return f"going on with {args.resume or args.out or f'runs/{args.variant}'}; loading"
+    return (
+        f"{args.variant}: teacher {args.model or 'emoji'}, {args.iterations} iterations of "
+        f"{args.batch_size} samples, into {args.out or f'runs/{args.variant}'}; loading"
+    )
+
+
+def parse_train(doc, presets, arguments=None):
+    """The command line; the preset of its variant fills in what it does not say."""
+    parser = train_parser(doc)
+    variant = parser.parse_args(arguments).variant
+    cli.check_choice("--variant", variant, presets)
+    parser.set_defaults(**presets[variant])
+    return parser.parse_args(arguments)
+
+
+def saved_as_arguments(config, doc, where):
+    """A run's saved flags as a command line. They go through the parser that the command line goes
+    through, so a file in a run directory can say no more than a user could."""
+    actions = {action.dest: action for action in train_parser(doc)._actions}
+    arguments = []
+    for name, value in config.items():
+        if name not in actions or name in UNSAVED or name == "help":
+            raise UserError(f"{where} has a flag that is not known: {name}")
+        flag = actions[name].option_strings[0]
+        if isinstance(actions[name], argparse.BooleanOptionalAction):
+            arguments.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            numbers = all(isinstance(number, (int, float)) for number in value)
+            if not numbers:
+                raise UserError(f"{where}: {name} should be numbers, not {value}")
+            arguments += [flag, *map(str, value)]
+        elif value is not None:
+            arguments.append(f"{flag}={value}")
+    return arguments
+
+
+# ----------------------------------------------------------------------------- sample.py, eval.py
+
+
+def add_student_flags(parser):
+    """Flags that sample.py and eval.py share."""
+    add = parser.add_argument
+    add(
+        "--student",
+        metavar="PATH",
+        help="run, checkpoint, network directory, file of a UNet's weights (.safetensors, .bin, "
+        f".pt) or LoRA file (default {DEFAULT_RUN})",
+    )
+    add("--model", metavar="PATH", help="the teacher (default: the one that the run names)")
+    add(
+        "--steps",
+        type=cli.positive,
+        nargs="+",
+        help="numbers of student steps (default: what it was distilled for, half of it, and 1)",
+    )
+    add(
+        "--first-timestep",
+        type=cli.natural,
+        metavar="T",
+        help="of the student's sampler (default: what it was distilled for, else the noisiest)",
+    )
+    add("--teacher-steps", type=cli.positive, help="(default: 50, or 18 of EDM's networks)")
+    add(
+        "--sampler",
+        choices=SAMPLERS,
+        help="of the teacher: deterministic (DDIM); heun and stochastic are EDM's, for its networks",
+    )
+    add(
+        "--guidance",
+        type=cli.positive_number,
+        help="of the teacher (default: what the student was distilled with, else 3; 1 of classes)",
+    )
+    add("--seed", type=cli.natural, default=0, help="of the noise")
+    add_device_flags(parser, "float32", "bfloat16", "float16", default="float32")
+    add_memory_flags(parser)
+
+
+def sample_parser(doc):
+    parser = cli.Parser(doc)
+    add_student_flags(parser)
+    add = parser.add_argument
+    add(
+        "--prompts",
+        nargs="+",
+        help="prompts in quotes, or one file of them: .txt, one a line, or a pickled list",
+    )
+    add("--out", default="samples.png", metavar="FILE")
+    add(
+        "--images",
+        metavar="DIR",
+        help="also write each image as a PNG of its own, with how it was made in its metadata",
+    )
+    add("--batch-size", type=cli.positive, default=8, help="samples drawn at once")
+    return parser
+
+
+# ----------------------------------------------------------------------------- data.py
+
+
+def data_parser(doc):
+    parser = cli.Parser(doc)
+    add = parser.add_argument
+    add("what", choices=("pairs", "latents", "pixels"))
+    add("--out", required=True, metavar="DIR", help="folder for them")
+    add("--model", metavar="PATH", help="the teacher, as for train.py (default: the embedded one)")
+    add_device_flags(parser, "float32", "bfloat16", default=None)
+    pairs = parser.add_argument_group("pairs")
+    pairs.add_argument("--prompts", metavar="FILE", help="as for train.py")
+    pairs.add_argument("--count", type=cli.positive, default=4096)
+    pairs.add_argument("--steps", type=cli.positive, default=50, help="of the teacher's sampler")
+    pairs.add_argument("--guidance", type=cli.positive_number, default=3.0)
+    pairs.add_argument("--seed", type=cli.natural, default=0)
+    pairs.add_argument("--batch-size", type=cli.positive, default=16, help="samples drawn at once")
+    images = parser.add_argument_group("latents and pixels")
+    images.add_argument(
+        "--images",
+        metavar="DIR",
+        help="folder of images with captions; for pixels one folder a class, or EDM's .zip",
+    )
+    images.add_argument("--size", type=cli.positive, default=64, help="of pixels")
+    images.add_argument(
+        "--bad-share",
+        type=cli.weight,
+        default=0.01,
+        help="of the images that may be damaged or without a caption: they are named and left out",
+    )
+    return parser

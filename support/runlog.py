@@ -1,0 +1,239 @@
+"""What a run is watched by: metrics, health warnings, curves, images, trackers, signals."""
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+import fsdp
+import models
+import sample
+from support import pictures
+from support.checkpoint import explain_failed_write, replace_text
+from support.cli import UserError
+
+LOG_EVERY = 10
+# Where the health metrics of a run that goes well stay; see losses.health. std is relative to the
+# teacher's samples.
+HEALTHY = {
+    "std": (
+        *(0.7, 1.4),
+        "below the student goes grey, above it over-saturates: try a lower --guidance or rate",
+    ),
+    "gap": (
+        *(0.0, 2.5),
+        "the fake score lags behind: try a higher --fake-updates or a lower --learning-rate",
+    ),
+}
+CURVES = ("fake_loss", "dm", "ca", "std", "gap", "cosine", "student_grad_norm", "logit_accuracy")
+
+
+def describe(nets, sources, args):
+    """What is trained, from what, on what, and where it goes."""
+    million = sum(p.numel() for p in nets.student.parameters() if p.requires_grad) / 1e6
+    on = f"{len(sources.prompts.texts):,} prompts"
+    for name, source in (("real samples", sources.real), ("pairs", sources.pairs)):
+        if source is not None:
+            on += f", {source.count:,} {name}"
+    fsdp.print_main(
+        f"teacher {nets.model.name}; student: {million:.1f} million trained parameters, timesteps "
+        f"{nets.timesteps}\n{on}; {args.dtype} on {args.device}, ranks: {fsdp.world_size()}; "
+        "drawing the teacher's samples"
+    )
+
+
+def checkpoint_bytes(nets):
+    """Of a checkpoint: trained parameters with two moments, and the average."""
+    total = 0
+    for module, copies in ((nets.student, 4), (nets.fake_score, 3)):
+        count = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        total += 4 * copies * count
+    return total
+
+
+class Log:
+    """metrics.jsonl, a row of means every ten iterations and at the end; curves.png; and one warning
+    for each health metric that leaves its range. All ranks keep the rows, the main rank writes."""
+
+    def __init__(self, out, teacher_std, iteration):
+        self.path = Path(out) / "metrics.jsonl"
+        self.teacher_std = teacher_std
+        self.warned = set()
+        self.waiting = {}  # tensors of this rank since the last row
+        self.rows = fsdp.broadcast_from_main(self.read, iteration)
+        self.began = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0)
+        if fsdp.is_main():
+            text = "".join(json.dumps(row) + "\n" for row in self.rows)
+            replace_text(self.path, text)
+
+    def read(self, iteration):
+        """The rows up to the checkpoint that the run goes on from."""
+        rows = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            with contextlib.suppress(ValueError):  # a kill may leave the last line unfinished
+                rows.append(json.loads(line))
+        return [row for row in rows if row["iteration"] <= iteration]
+
+    def add(self, iteration, metrics, last=False):
+        """Keep an iteration's metrics. Returns a row where one is due, of means over the ranks."""
+        for name, value in metrics.items():
+            self.waiting.setdefault(name, []).append(value)
+        if iteration % LOG_EVERY and not last:
+            return None
+        names = list(self.waiting)
+        means = torch.stack([torch.stack(self.waiting[name]).mean() for name in names])
+        means = fsdp.mean_over_ranks(means).tolist()
+        seconds = round(time.perf_counter() - self.began, 2)
+        row = {"iteration": iteration, "seconds": seconds} | dict(zip(names, means))
+        if not all(math.isfinite(value) for value in row.values()):
+            raise fsdp.NotFinite(f"a metric is not finite: {row}")
+        self.waiting = {}
+        self.rows.append(row)
+        if fsdp.is_main():
+            with explain_failed_write(self.path), open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        return row
+
+    def check_health(self):
+        """By means over the last 50 rows, so that one odd batch raises no alarm."""
+        for name, (low, high, meaning) in HEALTHY.items():
+            values = [row[name] for row in self.rows[-50:] if name in row]
+            if not values or name in self.warned:
+                continue
+            value = sum(values) / len(values)
+            if name == "std":
+                value /= self.teacher_std
+            if not low <= value <= high:
+                self.warned.add(name)
+                fsdp.print_main(
+                    f"warning: the health metric {name} is {value:.2f}, outside [{low}, {high}]: "
+                    f"{meaning}"
+                )
+
+    def draw_curves(self):
+        if not fsdp.is_main():
+            return
+        curves = []
+        for name in CURVES:
+            points = [(row["iteration"], row[name]) for row in self.rows if name in row]
+            scale = self.teacher_std if name == "std" else 1.0
+            band = HEALTHY.get(name, (None, None))[:2]
+            band = None if band[0] is None else (scale * band[0], scale * band[1])
+            level = self.teacher_std if name == "std" else None
+            if points:
+                curves.append(pictures.Curve(name, points, band, level))
+        pictures.draw_curves(curves, self.path.parent / "curves.png")
+
+
+class Gallery:
+    """Images of the run, from the same prompts and the same noise each time."""
+
+    def __init__(self, out, nets, prompts, args):
+        self.folder = Path(out) / "images"
+        self.nets, self.args = nets, args
+        model, texts = nets.model, prompts.texts
+        count = min(8, len(texts))
+        self.prompts = [texts[i * len(texts) // count] for i in range(count)]
+        self.cond = model.encode(self.prompts)
+        self.batch = args.micro_batch or count
+        steps = args.student_steps + 1
+        self.noise = sample.column_noise(model, count, steps, args.seed)
+        teacher = sample.TeacherSampler(model, sample.teacher_steps(model), args.guidance)
+        self.x_teacher = sample.draw_in_batches(teacher, self.noise, self.cond, self.batch)
+        self.teacher_std = self.x_teacher.flatten(1).std(dim=1).mean().item()
+        self.teacher_label = teacher.label
+
+    def draw(self, iteration):
+        """Write an image of teacher, student, and what teacher and fake score make of the student's
+        samples. Returns its path, or None without a decoder."""
+        nets, model = self.nets, self.nets.model
+        if not model.decodes:
+            return None
+        student = sample.StudentSampler(nets.averaged_student, nets.timesteps)
+        x = sample.draw_in_batches(student, self.noise, self.cond, self.batch)
+        t = len(nets.schedule) // 2
+        x0_real, x0_fake = self.read_at(x, t)
+        path = self.folder / f"{iteration:06d}.png"
+        if fsdp.is_main():
+            rows = [
+                (self.teacher_label, model.decode(self.x_teacher, self.batch)),
+                (student.label, model.decode(x, self.batch)),
+                (f"teacher's x0 of it\nat t = {t}", model.decode(x0_real, self.batch)),
+                ("fake score's x0\nof the same", model.decode(x0_fake, self.batch)),
+            ]
+            pictures.draw_grid(rows, [model.caption(prompt) for prompt in self.prompts], path)
+        return path
+
+    @torch.no_grad()
+    def read_at(self, x, t):
+        """Guided teacher's and fake score's x0 of samples that are diffused to timestep t."""
+        nets, x0_real, x0_fake = self.nets, [], []
+        for start in range(0, len(x), self.batch):
+            index = slice(start, start + self.batch)
+            cond = models.take(self.cond, index)
+            level = torch.full((len(x[index]),), t, device=x.device)
+            x_t = nets.schedule.add_noise(x[index], self.noise[-1][index], level)
+            guidance = self.args.guidance
+            x0_real.append(models.guided_x0(nets.teacher, x_t, t, cond, nets.uncond, guidance))
+            x0_fake.append(nets.fake_score(x_t, t, cond)[0])
+        return torch.cat(x0_real), torch.cat(x0_fake)
+
+
+class Tracker:
+    """wandb or trackio, which are called alike; nothing without a name."""
+
+    def __init__(self, name, out, config):
+        self.package = import_tracker(name) if fsdp.is_main() else None
+        if self.package:
+            self.package.init(project="dmd", name=Path(out).name, config=config)
+
+    def log(self, iteration, row, image=None):
+        if self.package:
+            metrics = {key: value for key, value in row.items() if key != "iteration"}
+            if image:
+                metrics["images"] = self.package.Image(str(image))
+            self.package.log(metrics, step=iteration)
+
+    def finish(self):
+        if self.package:
+            self.package.finish()
+
+
+def import_tracker(name):
+    if not name:
+        return None
+    try:
+        return importlib.import_module(name)  # a choice of --track: wandb or trackio
+    except ImportError:
+        raise UserError(
+            f"--track {name} needs a package that is not installed: pip install {name}"
+        ) from None
+
+
+class StopAtSignal:
+    """Ctrl-C and SIGTERM are noted and obeyed between two iterations; a second one stops at once.
+    `signal` is its number, 0 for none."""
+
+    def __enter__(self):
+        self.signal = 0
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.note) for number in numbers}
+        return self
+
+    def note(self, number, frame):
+        self.signal = number
+        if fsdp.is_main():  # not by print, which the signal may have interrupted
+            text = b"\nstopping after this iteration and a save; once more stops at once\n"
+            os.write(2, text)
+        for handled in self.before:
+            signal.signal(handled, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,143 @@
+"""A run's flags, and going on with a run: what may change, and what must be the same."""
+
+import sys
+from pathlib import Path
+
+import fsdp
+import losses
+import models
+from support import checkpoint, cli, flags, students
+from support.cli import UserError
+
+
+def parse_arguments(doc, presets, arguments=None):
+    """Precedence, lowest first: defaults, the variant's preset, a resumed run's flags, the command
+    line."""
+    arguments = sys.argv[1:] if arguments is None else [str(word) for word in arguments]
+    parser = flags.train_parser(doc)
+    parser.set_defaults(variant=None)
+    said = parser.parse_args(arguments)
+    if said.out and said.resume:
+        raise UserError("--out and --resume DIR both name a run directory: use one")
+    out = Path(said.resume or said.out or f"runs/{said.variant or 'dmd2'}")
+    resumes = said.resume is not None or checkpoint.restarted_by_torchrun(out)
+    saved = {}
+    if resumes:
+        saved = read_saved(out, said.variant)
+        words = flags.saved_as_arguments(saved, doc, out / "config.json")
+        arguments = words + arguments
+    args = flags.parse_train(doc, presets, arguments)
+    args.out, args.resume = out, resumes
+    models.device_and_dtype(args)
+    check_arguments(args)
+    if saved:
+        for change in checkpoint.differing(saved, configuration(args)):
+            fsdp.print_main(f"changed: {change}")
+    return args
+
+
+def read_saved(out, variant):
+    """The flags of the run that is gone on with."""
+    if out.parent.name == "checkpoints":
+        raise UserError(
+            "--resume takes a run directory; to go on from an earlier checkpoint, delete the newer "
+            "ones"
+        )
+    saved = checkpoint.read_config(out)
+    if variant not in (None, saved.get("variant")):
+        raise UserError(
+            "--variant is a preset for the beginning of a run: with --resume name the switches "
+            f"themselves, or begin another run by --init {out}"
+        )
+    return saved
+
+
+def configuration(args):
+    """The flags that are kept with a run."""
+    return {name: value for name, value in vars(args).items() if name not in flags.UNSAVED}
+
+
+def check_arguments(args):
+    """Flags that do not go together, before anything is loaded."""
+    cli.check_choice("--divergence", args.divergence, losses.DIVERGENCES)
+    low, high = args.noise_levels
+    if low >= high:
+        raise UserError(f"argument --noise-levels: {low} is not below {high}")
+    if args.lora or args.fake_lora:
+        students.check_peft("--lora" if args.lora else "--fake-lora")
+        if args.init:
+            raise UserError(
+                "--init begins with whole weights, --lora and --fake-lora with the teacher's: use one"
+            )
+    if args.divergence != "reverse-kl" and args.gan_weight == 0:
+        raise UserError(
+            f"--divergence {args.divergence} reads the density ratio off the GAN's head: it needs a "
+            "--gan-weight above 0"
+        )
+    if args.regression_weight > 0 and not args.pairs:
+        model = f" --model {args.model}" if args.model else ""
+        raise UserError(
+            "--regression-weight needs noise-image pairs: make them by `python data.py pairs --out "
+            f"DIR{model} --guidance {args.guidance:g}` and name them by --pairs DIR, or leave the "
+            "regression out by --regression-weight 0"
+        )
+    weights = ("dm", "ca", "gan", "regression", "mean_variance")
+    if not any(getattr(args, f"{name}_weight") for name in weights):
+        listed = ", ".join(f"--{name.replace('_', '-')}-weight" for name in weights)
+        raise UserError(f"nothing moves the student: {listed} are all 0")
+    if args.student_input == "data" and args.first_timestep is not None:
+        raise UserError(
+            "--student-input data does not go with --first-timestep: at its first timestep the "
+            "student is given pure noise when it draws, and noised real data are something else"
+        )
+    if args.schedule != "coupled" and args.guidance == 1:
+        fsdp.print_main(
+            f"warning: --schedule {args.schedule} with --guidance 1: without guidance CA is 0, and "
+            "DM alone is left"
+        )
+    if args.divergence != "reverse-kl" and args.batch_size == 1:
+        fsdp.print_main(
+            "warning: f-distill divides h by its mean over the batch: with --batch-size 1 it is DMD2"
+        )
+
+
+# ----------------------------------------------------------------------------- going on
+
+
+def about(nets, sources):
+    """What a checkpoint must have in common with the run that goes on from it."""
+    network = nets.model.origin.network
+    options = {name: value for name, value in network.config.items() if name[0] != "_"}
+    return {
+        "teacher": nets.teacher_print,
+        "network": {"class": nets.model.network_class.__name__} | options,
+        "data": sources.about(),
+    }
+
+
+def restore(nets, sources, args):
+    """Put the newest whole checkpoint back. Returns its iteration, 0 if there is none yet."""
+    folder, manifest = checkpoint.newest_whole(args.out)
+    if not folder:
+        fsdp.print_main(f"{args.out} has no checkpoint yet: it starts from the beginning")
+        return 0
+    present = about(nets, sources)
+    fields = checkpoint.differing(manifest["network"], present["network"])
+    if manifest["teacher"] != present["teacher"]:
+        fields.append("the teacher's weights are others")
+    for name, digest in present["data"].items():
+        same_flag = getattr(args, name) == manifest["config"].get(name)
+        if same_flag and digest != manifest["data"].get(name):  # another flag was printed already
+            fields.append(f"--{name} holds other data than before")
+    if fields:
+        raise UserError(
+            f"{folder} is of another model or of other data: {'; '.join(fields)}. To begin another "
+            f"run with its weights: --init {args.out}"
+        )
+    checkpoint.load(folder, nets.tensors())
+    students.write_student(args.out, nets, manifest["config"])  # a kill may have come before it
+    fsdp.print_main(f"going on from {folder}")
+    if manifest["iteration"] >= args.iterations:
+        had = manifest["iteration"]
+        fsdp.print_main(f"this run has had its {had} iterations; --iterations asks for more")
+    return manifest["iteration"]

@@ -1,0 +1,226 @@
+"""Students on disk: runs, checkpoints, network folders, files of weights, LoRAs; reading, writing."""
+
+import copy
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+import fsdp
+import models
+from support import checkpoint
+from support.cli import UserError, first_line
+from support.model_card import model_card
+from support.pipelines import LOADING_ERRORS
+from support.weights import fingerprint, load_weights, read_json, read_weights
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+
+
+def check_peft(flag):
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise UserError(f"{flag} needs a package that is not installed: pip install peft") from None
+
+
+def run_config(path):
+    """The config.json of the run whose directory, student/, checkpoint or LoRA file that is; {} for
+    anything else."""
+    path = Path(path).absolute()
+    if (path / "config.json").is_file() and (path / "student").is_dir():
+        return read_json(path / "config.json")
+    for folder in (path, path.parent):
+        run = folder.parent
+        inside = folder.name == "student" or folder.parent.name == "checkpoints"
+        run = run.parent if folder.parent.name == "checkpoints" else run
+        if inside and (run / "config.json").is_file():
+            return read_json(run / "config.json")
+    return {}
+
+
+# ----------------------------------------------------------------------------- reading
+
+
+def load_student(path, model):
+    """A student's Denoiser.
+
+    path: a run (its student/), one of its checkpoints, a diffusers network folder, a file of a
+    UNet's weights with diffusers' names (.safetensors, .bin, .pt: DMD2's releases), or a LoRA file,
+    which is merged into a copy of the teacher.
+    """
+    path = Path(path)
+    if (path / "manifest.json").is_file():
+        return student_of_checkpoint(path, model)
+    path = path / "student" if (path / "student").is_dir() else path
+    path = path / LORA_FILE if (path / LORA_FILE).is_file() else path
+    if path.is_dir():
+        network = network_from_folder(path, model)
+    elif path.is_file():
+        weights = model.own_names(read_weights(path))
+        # float32: a LoRA's part may be smaller than what a shorter dtype rounds off.
+        network = copy.deepcopy(model.origin.network).float()
+        if any("lora" in name for name in weights):
+            merge_lora(network, path, model)
+        else:
+            load_weights(network, weights, path, model.name)
+    else:
+        raise UserError(f"there is no student at {path}")
+    return ready(model.make_denoiser(network), model)
+
+
+def ready(denoiser, model):
+    """Frozen, where and how the teacher lies."""
+    parameter = next(model.origin.parameters())
+    return denoiser.to(parameter.device, parameter.dtype).requires_grad_(False).eval()
+
+
+def whole_manifest(folder):
+    manifest = checkpoint.read_manifest(folder)
+    damage = checkpoint.damage_in(folder, manifest)
+    if damage:
+        raise UserError(f"the checkpoint {folder} is damaged: {damage}")
+    return manifest
+
+
+def student_of_checkpoint(folder, model):
+    """The averaged student that a run had there."""
+    manifest = whole_manifest(folder)
+    config = manifest["config"]
+    if config["lora"]:
+        check_peft(f"the LoRA of {folder}")
+        in_float32 = next(model.origin.parameters()).is_floating_point()
+        if in_float32 and manifest["teacher"] != fingerprint(model.denoiser):
+            raise UserError(f"{folder} holds a LoRA of another teacher than {model.name}")
+    student = models.trainable_copy(
+        model.origin, config["lora"], config["lora_alpha"], config["seed"]
+    )
+    part = "averaged_student" if config["ema"] > 0 else "student"
+    state = student.state_dict()
+    names = [name for name, p in student.named_parameters() if p.requires_grad]
+    checkpoint.load(folder, {f"{part}.{name}": state[name] for name in names})
+    return ready(student, model)
+
+
+def load_fake_score(path, fake_score):
+    """Fill the fake score with that of a run, and its head if both have one. A student that is no
+    run has none: the fake score then stays the teacher."""
+    run = Path(path)
+    run = run.parent.parent if run.parent.name == "checkpoints" else run
+    folders = [Path(path)] if run != Path(path) else checkpoint.complete_checkpoints(run)
+    if not folders:
+        fsdp.print_main(f"{path} has no fake score: it starts as the teacher")
+        return
+    whole_manifest(folders[0])
+    saved = checkpoint.names_in(folders[0])
+    state = {f"fake_score.{name}": tensor for name, tensor in fake_score.state_dict().items()}
+    has_head = any(name.startswith("fake_score.head.") for name in saved)
+    if not has_head:
+        state = {name: t for name, t in state.items() if not name.startswith("fake_score.head.")}
+    checkpoint.load(folders[0], state)
+    head = "" if has_head or fake_score.head is None else ", with a new head"
+    fsdp.print_main(f"student and fake score begin as those of {path}{head}")
+
+
+def network_from_folder(folder, model):
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"there is no student at {folder}: neither student/config.json nor config.json is there"
+        )
+    kind = model.network_class
+    try:
+        config = kind.load_config(folder)
+        if config.get("_class_name") != kind.__name__:
+            found = config.get("_class_name")
+            raise UserError(f"{folder} holds a {found}, not a {kind.__name__}")
+        check_same_architecture(config, model, folder)
+        return kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    except LOADING_ERRORS as error:
+        raise UserError(f"the student {folder} cannot be loaded: {first_line(error)}") from None
+
+
+def check_same_architecture(config, model, folder):
+    for name, value in model.origin.network.config.items():
+        theirs = config.get(name, value)
+        if isinstance(value, tuple) and isinstance(theirs, list):
+            theirs = tuple(theirs)
+        if isinstance(value, list) and isinstance(theirs, list):
+            value, theirs = tuple(value), tuple(theirs)
+        if name[0] != "_" and theirs != value:
+            raise UserError(
+                f"the student {folder} has another architecture than {model.name}: {name} is "
+                f"{theirs}, not {value}"
+            )
+
+
+def merge_lora(network, path, model):
+    """Add a LoRA, in diffusers' format or one that diffusers converts (kohya's), to the network's
+    own weights."""
+    check_peft(f"the LoRA {path}")
+    kind = type(model.pipe)
+    try:
+        state, alphas, metadata = kind.lora_state_dict(
+            str(path), unet_config=network.config, return_lora_metadata=True
+        )
+        names = {name.split(".lora")[0] for name in state if name.startswith("unet.")}
+        modules = {f"unet.{name}" for name, _ in network.named_modules()}
+        if not names:
+            raise UserError(
+                f"the LoRA {path} does not fit {model.name}: it has no part for the UNet"
+            )
+        if names - modules:
+            unknown = min(names - modules).removeprefix("unet.")
+            raise UserError(
+                f"the LoRA {path} does not fit {model.name}: {unknown} is not known there"
+            )
+        kind.load_lora_into_unet(state, network_alphas=alphas, unet=network, metadata=metadata)
+        network.fuse_lora()
+        network.unload_lora()
+    except (*LOADING_ERRORS, AttributeError) as error:
+        raise UserError(f"the LoRA {path} does not fit {model.name}: {first_line(error)}") from None
+
+
+# ----------------------------------------------------------------------------- writing
+
+
+def write_student(out, nets, config):
+    """Write the averaged student, as it is now, to out/student. Every rank calls this."""
+    network = nets.averaged_student.network
+    if config["lora"]:
+        trained = {name for name, p in nets.student.network.named_parameters() if p.requires_grad}
+        state = fsdp.full_state(network)
+        state = {name: tensor for name, tensor in state.items() if name in trained}
+    else:
+        state = fsdp.full_state(network)
+
+    def write(folder):
+        folder.mkdir(parents=True)
+        if config["lora"]:
+            save_lora(network, state, folder, nets.model)
+        else:
+            options = json.loads(network.to_json_string())
+            options["_class_name"] = nets.model.network_class.__name__  # without FSDP's prefix
+            (folder / "config.json").write_text(
+                json.dumps(options, indent=2, sort_keys=True) + "\n"
+            )
+            file = folder / "diffusion_pytorch_model.safetensors"
+            save_file(state, file, metadata={"format": "pt"})
+        (folder / "README.md").write_text(model_card(nets.model, nets.timesteps, config))
+
+    if fsdp.is_main():
+        checkpoint.replace_folder(Path(out) / "student", write)
+
+
+def save_lora(network, state, folder, model):
+    """Write a LoRA as `pipe.load_lora_weights(folder)` reads it. Its alpha goes into the weights,
+    since some programs do not look for it."""
+    config = network.peft_config["default"]
+    scale = config.lora_alpha / config.r
+    plain = {}
+    for name, tensor in state.items():
+        scaled = tensor * scale if ".lora_B." in name else tensor
+        plain[name.replace(".default.", ".")] = scaled.contiguous()
+    metadata = config.to_dict() | {"lora_alpha": config.r}
+    type(model.pipe).save_lora_weights(
+        folder, unet_lora_layers=plain, unet_lora_adapter_metadata=metadata
+    )
