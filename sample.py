@@ -4,6 +4,7 @@
     python sample.py --prompts "cat face" "red apple" "crescent moon" # words ...
     python sample.py --prompts prompts.txt --out grid.png             # ... or a file, one prompt a line
     python sample.py --student runs/mine --steps 4 1 --guidance 5     # rows for 4 and 1 student steps
+    python sample.py --compare runs/one-step runs/dmd2                # several students
     python sample.py --student runs/imagenet --prompts 207 "giant panda"    # classes
     python sample.py --student dmd2_sdxl_4step_unet_fp16.bin --dtype fp16 \\
         --model stabilityai/stable-diffusion-xl-base-1.0 --images out
@@ -259,14 +260,12 @@ def timed(sampler, noise, cond, size):
     return x0, min(seconds)
 
 
-def save_images(folder, label, images, prompts, model, args):
+def save_images(folder, label, about, prompts, images):
     """One PNG each, which says how it was made."""
-    title = label.replace("\n", ", ")
-    about = {"sampler": title, "model": model.name, "seed": args.seed, "dtype": args.dtype}
-    about["student"] = args.student or flags.DEFAULT_RUN
+    title = label.replace("\n", ", ").replace("/", "-")
     for i, (prompt, image) in enumerate(zip(prompts, images)):
         info = PngInfo()
-        for name, value in (about | {"prompt": prompt, "column": i}).items():
+        for name, value in (about | {"sampler": title, "prompt": prompt, "column": i}).items():
             info.add_text(name, str(value))
         path = Path(folder) / f"{i:03d} {title}.png"
         pictures.save(pictures.to_pil(image), path, pnginfo=info)
@@ -277,20 +276,24 @@ def main(arguments=None):
     chosen = chosen_prompts(args.prompts) if args.prompts else None
     if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out {args.out} should end in .png, .jpg or .webp")
-    paths = [args.student or flags.DEFAULT_RUN]
-    model, (student,), guidance = load_teacher_and_students(args, paths)
+    paths = args.compare or [args.student or flags.DEFAULT_RUN]
+    model, loaded, guidance = load_teacher_and_students(args, paths)
     prompts = chosen or model.sample_prompts or PROMPTS
     cond = model.encode(prompts)
 
-    few = sorted({max(student.steps), min(student.steps)}, reverse=True)
+    steps = {steps for student in loaded for steps in student.steps}
     samplers = [TeacherSampler(model, args.teacher_steps, guidance, args.sampler)]
-    samplers += [TeacherSampler(model, steps, guidance, args.sampler) for steps in few]
-    samplers += student.samplers(model)
+    for few in sorted({max(steps), min(steps)}, reverse=True):
+        samplers.append(TeacherSampler(model, few, guidance, args.sampler))
+    for student in loaded:
+        samplers += student.samplers(model)
     most = max(sampler.noises for sampler in samplers)
     noise = column_noise(model, len(prompts), most, args.seed)
     draw_in_batches(samplers[-1], noise, cond, args.batch_size)  # the first call is slower
 
     rows, first = [], None
+    about = {"model": model.name, "students": ", ".join(map(str, paths))}
+    about |= {"seed": args.seed, "dtype": args.dtype}
     for sampler in samplers:
         x0, seconds = timed(sampler, noise, cond, args.batch_size)
         seconds /= len(prompts)
@@ -300,7 +303,7 @@ def main(arguments=None):
         images = model.decode(x0, args.batch_size)
         rows.append((f"{sampler.label}\n{speed}", images))
         if args.images:
-            save_images(args.images, sampler.label, images, prompts, model, args)
+            save_images(args.images, sampler.label, about, prompts, images)
     pictures.draw_grid(rows, [model.caption(prompt) for prompt in prompts], args.out)
     print(f"images: {args.out}" + (f", {args.images}/" if args.images else ""))
 

@@ -305,6 +305,7 @@ def sample_parser(doc):
         nargs="+",
         help="prompts in quotes, or one file of them: .txt, one a line, or a pickled list",
     )
+    add("--compare", nargs="+", metavar="PATH", help="several students, in place of --student")
     add("--out", default="samples.png", metavar="FILE")
     add(
         "--images",
