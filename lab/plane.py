@@ -455,20 +455,20 @@ def print_table(nets, args):
         sample.StudentSampler(nets.averaged_student, steps),
     ]
     table = table_of(model, samplers, args.guidance, args.seed)
-    names = list(table[0][1])
-    print("".join(f"{name:>17}" for name in ("", *names)).replace(" " * 17, " " * 30, 1))
+    lines = [" " * 30 + "".join(f"{name:>17}" for name in table[0][1])]
     for title, metrics in table:
         cells = (f"{mean:.3f} +- {error:.3f}" for mean, error in metrics.values())
-        print(f"{title:30}" + "".join(f"{cell:>17}" for cell in cells))
+        lines.append(f"{title:30}" + "".join(f"{cell:>17}" for cell in cells))
+    fsdp.print_main("\n".join(lines))
 
 
 def main(arguments=None):
+    torch.set_num_threads(1)  # on networks as small as this two threads wait for each other
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not any(str(word).startswith("--resume") for word in arguments):
         arguments = [f"@{RECIPE}", *arguments]
     nets, args = train.main(arguments, load_model, Gallery)
-    if fsdp.is_main():
-        print_table(nets, args)
+    print_table(nets, args)  # by all ranks, each of which holds its part of the student
 
 
 if __name__ == "__main__":
