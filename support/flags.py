@@ -3,7 +3,7 @@ mistakes are answered at once."""
 
 import argparse
 
-from support import cli
+from support import cli, judges
 from support.cli import UserError
 
 DEFAULT_RUN = "runs/dmd2"
@@ -313,6 +313,54 @@ def sample_parser(doc):
         help="also write each image as a PNG of its own, with how it was made in its metadata",
     )
     add("--batch-size", type=cli.positive, default=8, help="samples drawn at once")
+    return parser
+
+
+def eval_parser(doc):
+    parser = cli.Parser(doc)
+    add_student_flags(parser)
+    add = parser.add_argument
+    add("--compare", nargs="+", metavar="PATH", help="several students, or checkpoints of a run")
+    add("--teacher-only", action="store_true", help="no student is needed")
+    add(
+        "--no-teacher",
+        action="store_true",
+        help="leave out the teacher's row, which costs the most; differences are then to the first "
+        "student",
+    )
+    add(
+        "--images",
+        nargs="+",
+        metavar="DIR",
+        help="folders of images (or EDM's .zip), a row each; without --student, --compare or "
+        "--model no model is loaded",
+    )
+    add(
+        "--protocol",
+        metavar="NAME",
+        help="imagenet64-50k, coco30k-256, coco10k-512, emoji, emoji-classes or as-is: what is drawn, "
+        "how it is cut and resized, what compares with it (default: by the model)",
+    )
+    add("--samples", type=cli.positive, help="(default: the protocol's)")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help=".txt, one a line, or a pickled list; labels or names for class-conditional models",
+    )
+    add(
+        "--no-coverage",
+        action="store_true",
+        help="leave out the repeated prompts, which coverage and diversity are measured by",
+    )
+    add(
+        "--reference",
+        metavar="PATH",
+        help="for fid: a folder of images, EDM's .zip, or statistics (.npz, EDM's too)",
+    )
+    add("--write-reference", metavar="FILE", help="write statistics of --reference, and no more")
+    add("--batch-size", type=cli.positive, default=50, help="images drawn and judged at once")
+    add("--out", metavar="DIR", default="evaluation")
+    judges.add_flags(parser)
     return parser
 
 

@@ -52,7 +52,9 @@ def commands_of(page):
     """Each command in indented blocks, without its comment, as a list of words."""
     text = page.read_text().replace("\\\n", " ")
     found = []
-    for line in re.findall(r"^    ((?:python|torchrun|pip|pytest|hf|curl) .*|pytest)$", text, re.MULTILINE):
+    for line in re.findall(
+        r"^    ((?:python|torchrun|pip|pytest|hf|curl) .*|pytest)$", text, re.MULTILINE
+    ):
         words = shlex.split(line, comments=True)
         while words:
             end = words.index("&&") if "&&" in words else len(words)
