@@ -182,7 +182,7 @@ def full_state(module, trained_only=False):
 
 
 def clip_gradients(module, max_norm, name):
-    """Scale the gradients to a norm, over all ranks, of at most max_norm. Returns the norm before.
+    """Scale the gradients to a norm, over all ranks, of at most max_norm (0: any). Returns the norm.
 
     Raises NotFinite before any optimizer has moved: the parameters are still the last good ones.
     """
@@ -191,7 +191,8 @@ def clip_gradients(module, max_norm, name):
     norm = full_tensor(norm)
     if not norm.isfinite():
         raise NotFinite(f"the gradient of the {name} is not finite")
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 

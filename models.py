@@ -435,7 +435,13 @@ def encode_sd(model, prompts):
 def call_sdxl_unet(network, x, time, cond):
     text = cond["encoder_hidden_states"]
     added = {"text_embeds": cond["text_embeds"], "time_ids": cond["time_ids"]}
-    return network(x, time, text, added_cond_kwargs=added, return_dict=False)[0]
+    return network(
+        sample=x,
+        timestep=time,
+        encoder_hidden_states=text,
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
 
 
 def encode_sdxl(model, prompts):
