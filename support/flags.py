@@ -395,3 +395,34 @@ def data_parser(doc):
         help="of the images that may be damaged or without a caption: they are named and left out",
     )
     return parser
+
+
+# ----------------------------------------------------------------------------- support/
+
+
+def export_parser(doc):
+    parser = cli.Parser(doc)
+    add = parser.add_argument
+    add(
+        "--student",
+        required=True,
+        metavar="PATH",
+        help="run, checkpoint, network directory, file of weights, or LoRA file",
+    )
+    add("--model", metavar="PATH", help="its teacher (default: the one that the run names)")
+    add("--config", metavar="DIR", help="as for train.py (default: the run's)")
+    add("--out", required=True, metavar="PATH", help="FILE.safetensors, or a new folder")
+    add(
+        "--dtype",
+        type=cli.dtype("float32", "bfloat16", "float16"),
+        metavar="DTYPE",
+        default="float16",
+        help="of the weights: float32, bfloat16 or float16",
+    )
+    return parser
+
+
+def benchmark_parser(doc):
+    parser = train_parser(doc)
+    parser.add_argument("what", metavar="ITERATIONS", help="how many to time; or `memory`")
+    return parser
