@@ -731,7 +731,7 @@ def draw_claim(out, family, claim, more_flags, where):
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def parse_arguments():
+def parse_arguments(arguments=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--family", choices=CLAIMS, default="gmm")
     parser.add_argument("--claim", type=cli.positive, nargs="+", metavar="N", help="(default: all)")
@@ -753,7 +753,7 @@ def parse_arguments():
         action="store_true",
         help="print the claims and the flags of their arms, and run nothing",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     known = [claim.number for claim in CLAIMS[args.family]]
     for number in args.claim or ():
         if number not in known:
@@ -779,8 +779,8 @@ def list_claims(args, claims, more_flags):
                 print(f"     {name}: python {program} {' '.join(words[1:])} --out runs/trial")
 
 
-def main():
-    args = parse_arguments()
+def main(arguments=None):
+    args = parse_arguments(arguments)
     out, more_flags = Path(args.out), f"--iterations {args.iterations}" if args.iterations else ""
     claims = [
         claim for claim in CLAIMS[args.family] if not args.claim or claim.number in args.claim
