@@ -651,6 +651,7 @@ def load_model(path, device="cpu", dtype=torch.float32, vae=None, config=None, *
 def device_and_dtype(args):
     """--device and --dtype where the command line leaves them open."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(args.device)
     on_gpu = torch.device(args.device).type == "cuda"
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     return fsdp.own_device(args.device), getattr(torch, args.dtype)
