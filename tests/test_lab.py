@@ -1,0 +1,68 @@
+"""The laboratory: the plane is exact, every claim runs, teachers are made, runs are broken."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import models
+from lab import claims, faults, make_teacher, plane
+
+
+def test_the_plane_s_denoiser_is_the_score_of_its_density():
+    mixture, schedule = plane.plane(), plane.sd_schedule()
+    label = torch.arange(plane.LABELS + 1).repeat(20)
+    x_t = torch.randn(len(label), 2, dtype=torch.float64, requires_grad=True)
+    for t in (100, 500, 900):
+        alpha, sigma = schedule.alpha[t].double(), schedule.sigma[t].double()
+        alpha, sigma = alpha.expand(len(label), 1), sigma.expand(len(label), 1)
+        density = mixture.log_density(x_t, alpha, sigma, label).sum()
+        (score,) = torch.autograd.grad(density, x_t)
+        x0 = mixture.x0(x_t, alpha, sigma, label)
+        torch.testing.assert_close((alpha * x0 - x_t) / sigma**2, score, atol=1e-5, rtol=1e-4)
+
+
+def test_exact_samples_measure_well_and_wrong_ones_do_not(plane_model):
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(4096) % plane.LABELS
+    target, again = (plane_model.target(label, 1.0, generator) for _ in range(2))
+    good = plane.measure(plane_model.mixture, again, label, target)
+    bad = plane.measure(plane_model.mixture, torch.zeros_like(again), label, target)
+    assert good["modes"] == 1 and good["near"] > 0.95 and good["kl"] < 0.1
+    assert bad["near"] < 0.1 and bad["kl"] > 1 and bad["sliced"] > 5 * good["sliced"]
+
+
+def test_every_claim_of_the_plane_runs(tmp_path):
+    flags = ["--seeds", "1", "--iterations", "2", "--jobs", "2", "--out", str(tmp_path)]
+    claims.main(flags)
+    (table,) = tmp_path.rglob("gmm.md")
+    text = table.read_text()
+    assert all(f"### Claim {claim.number}:" in text for claim in claims.CLAIMS["gmm"])
+
+
+@pytest.mark.slow
+def test_every_claim_of_the_embedded_teacher_runs(tmp_path):
+    flags = ["--family", "emoji", "--seeds", "1", "--iterations", "1", "--jobs", "2"]
+    claims.main([*flags, "--out", str(tmp_path)])
+    (table,) = tmp_path.rglob("emoji.md")
+    assert "### Claim 11:" in table.read_text()
+
+
+def test_makers_of_the_teachers_resume_and_write_what_loads(tmp_path):
+    stages = ("autoencoder", "narrow", "wide", "decoder")
+    tiny = [word for stage in stages for word in (f"--{stage}-iterations", "1")]
+    tiny += ["--batch-size", "2", "--limit", "4", "--dtype", "float32"]
+    out, work = tmp_path / "text", tmp_path / "work"
+    for _ in range(2):  # the second time from its saved states
+        make_teacher.main([*tiny, "--out", str(out), "--work", str(work)])
+    StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
+    out = tmp_path / "classes"
+    tiny = ["classes", "--class-iterations", "1", "--batch-size", "2", "--dtype", "float32"]
+    make_teacher.main([*tiny, "--out", str(out), "--work", str(work)])
+    assert models.load_model(out).labels == 10
+
+
+@pytest.mark.slow
+def test_nothing_is_lost(tmp_path):
+    plane.PlaneModel("gmm")
+    for rows in (faults.kill(tmp_path, kills=4), faults.damage(tmp_path), faults.disk(tmp_path)):
+        assert rows and not any("NO" in row for row in rows), rows
