@@ -1,0 +1,157 @@
+"""Several processes: the same run however many they are, resumed on other numbers, and failing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import sample
+from lab import faults, plane
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = [
+    "--variant",
+    "fdistill",
+    "--gan-weight",
+    "0.05",
+    "--batch-size",
+    "8",
+    "--fake-updates",
+    "2",
+    "--save-every",
+    "2",
+]
+
+
+def launch(out, *flags, processes=2, shard="full", nodes=1):
+    """A run of the plane on forked ranks; returns what it printed."""
+    plane.PlaneModel("gmm")  # fitted once, before the fork
+    log = Path(f"{out}.log")
+    words = [*flags, "--shard", shard]
+    pids = faults.fork_train(words, log, processes=processes, nodes=nodes)
+    assert faults.wait_for(pids) == [0] * max(processes, 1), log.read_text()
+    return log.read_text()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    launch(out, *FLAGS, "--iterations", 6, "--out", out, processes=0)
+    return out
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_same(run, reference):
+    for own, theirs in zip(rows(run), rows(reference), strict=True):
+        for name in own.keys() - {"seconds"}:
+            assert own[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+    own, theirs = faults.state_of(run), faults.state_of(reference)
+    assert own.keys() == theirs.keys()
+    for name in own:
+        torch.testing.assert_close(own[name], theirs[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "processes, shard, nodes",
+    [
+        (2, "full", 1),
+        (2, "none", 1),
+        pytest.param(4, "full", 1, marks=pytest.mark.slow),
+        pytest.param(4, "hybrid", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_any_number_of_ranks_makes_the_same_run(processes, shard, nodes, alone, tmp_path):
+    out = tmp_path / "run"
+    flags = [*FLAGS, "--iterations", 6, "--out", out]
+    launch(out, *flags, processes=processes, shard=shard, nodes=nodes)
+    check_same(out, alone)
+
+
+@pytest.mark.parametrize("before, after", [(2, 0), (0, 2)])
+def test_a_run_resumes_on_another_number_of_ranks(before, after, alone, tmp_path):
+    out = tmp_path / "run"
+    launch(out, *FLAGS, "--iterations", 4, "--out", out, processes=before)
+    launch(out, "--resume", out, "--iterations", 6, processes=after)
+    own, theirs = faults.state_of(out), faults.state_of(alone)
+    for name in own:
+        torch.testing.assert_close(own[name], theirs[name], atol=1e-4, rtol=1e-3)
+
+
+def test_draws_of_a_sample_do_not_depend_on_the_rank_that_makes_them():
+    whole = data.Draws(1, 2, 8)
+    parts = [data.Draws(1, 2, 8, range(i, i + 2)) for i in range(0, 8, 2)]
+    assert len({draws.below(100) for draws in (whole, *parts)}) == 1
+    assert torch.equal(whole.normal(3), torch.cat([draws.normal(3) for draws in parts]))
+    u = data.Draws(0, 0, 100_000)
+    x = u.normal()
+    assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_the_embedded_teacher_under_torchrun(dtype, tmp_path):
+    """In micro-batches; the student that two ranks wrote is drawn by one process."""
+    out = tmp_path / "run"
+    flags = [
+        "--iterations",
+        "2",
+        "--batch-size",
+        "4",
+        "--micro-batch",
+        "1",
+        "--gan-weight",
+        "0",
+        "--dtype",
+        "bf16",
+    ]
+    status, printed = torchrun("train.py", *flags, "--dtype", dtype, "--out", out)
+    assert status == 0, printed
+    sample.main(
+        [
+            "--student",
+            str(out),
+            "--prompts",
+            "cat",
+            "--teacher-steps",
+            "2",
+            "--out",
+            str(tmp_path / "grid.png"),
+        ]
+    )
+
+
+def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path):
+    status, printed = torchrun("train.py", "--batch-size", 5, "--out", tmp_path / "run")
+    assert status == 1
+    assert printed.count("train.py: --batch-size 5 is no multiple of the 2 ranks") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, cause", [("nan", "is not finite"), ("exception", "planted")])
+def test_one_rank_that_fails_stops_all_and_the_cause_is_named(kind, cause, tmp_path):
+    out = tmp_path / "run"
+    words = ["-m", "lab.faults", "planted", kind, *faults.RUN, "--iterations", 6, "--out", out]
+    status, printed = faults.torchrun(*words)
+    assert status == 1 and cause in printed
+
+
+@pytest.mark.slow
+def test_torchrun_s_restart_goes_on_from_the_last_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    words = ["-m", "lab.faults", "planted", "kill", *faults.RUN, "--iterations", 6, "--out", out]
+    status, printed = faults.torchrun(*words, restarts=1)
+    assert status == 0 and "going on from" in printed
