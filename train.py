@@ -504,7 +504,11 @@ def main(arguments=None, load_model=models.load_model, make_gallery=runlog.Galle
     mesh = fsdp.start(args.shard, fsdp.own_device(args.device))
     args = fsdp.broadcast_from_main(lambda: args)  # another node may see an older config.json
     fsdp.broadcast_from_main(checkpoint.prepare_run_directory, args.out, args.resume, 0)
-    nets, sources = prepare(args, load_model, mesh)
+    try:
+        nets, sources = prepare(args, load_model, mesh)
+    except UserError:
+        checkpoint.remove_if_empty(args.out)
+        raise
     needed = (args.keep + 1) * runlog.checkpoint_bytes(nets)
     fsdp.broadcast_from_main(checkpoint.prepare_run_directory, args.out, args.resume, needed)
     runlog.describe(nets, sources, args)

@@ -61,6 +61,12 @@ def prepare_run_directory(out, resume, bytes_needed):
         )
 
 
+def remove_if_empty(out):
+    """A run that is refused leaves no directory behind."""
+    with contextlib.suppress(OSError):
+        Path(out).rmdir()
+
+
 def make_writable(out):
     probe = Path(out) / f".probe-{os.getpid()}"
     try:
