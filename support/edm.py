@@ -397,13 +397,13 @@ def load_network(path):
     return network
 
 
-def main():
+def main(arguments=None):
     from support.checkpoint import replace_folder
 
     parser = cli.Parser(__doc__)
     parser.add_argument("model", help="EDM's pickle")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new diffusers folder")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if Path(args.out).exists():
         raise UserError(f"--out {args.out} exists already")
     network = network_of(read_pickle(args.model))
