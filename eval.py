@@ -345,15 +345,17 @@ class Setting:
                 f"--protocol {name} is of {kind}, which {model.name} does not take for prompts"
             )
 
+    def require_captions(self, flag):
+        """Called by judges of images by their captions, before they load anything."""
+        if self.model and self.model.labels is not None:
+            raise UserError(
+                f"{flag} judges images by captions; the prompts of {self.model.name} are labels"
+            )
+
     def check_counts(self):
         """Warn of numbers that compare with nothing."""
         args, protocol = self.args, self.protocol
         self.coverage_samples = coverage_samples(self.prompts[self.counted :] or self.prompts)
-        needy = [judge.flag for judge in self.judges if hasattr(judge, "captions_needed")]
-        if needy and self.model and self.model.labels is not None:
-            raise UserError(
-                f"{needy[0]} judges images by captions; the prompts of {self.model.name} are labels"
-            )
         if self.emoji and self.model and self.counted < protocol.samples:
             fewer = ""
             if self.coverage_samples < COVERAGE_SAMPLES and not args.no_coverage:

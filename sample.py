@@ -62,13 +62,14 @@ class TeacherSampler:
         if self.kind != "deterministic" and not edm:
             raise UserError(f"--sampler {self.kind} is for EDM's networks, not {self.model.name}")
         self.noises = self.steps if self.kind == "stochastic" else 1  # that it uses
-        self.label = f"teacher, {plural(self.steps, 'step')}\nguidance {self.guidance:g}"
+        self.label = f"teacher, {plural(self.steps, 'step')}"
         self.levels = self.model.schedule
         if self.kind != "deterministic":
             passes = 2 * self.steps - 1
             self.label += f"\n{self.kind}, {passes} pass" + "es" * (passes > 1)
             make = models.edm_schedule if self.kind == "heun" else models.stochastic_levels
             self.levels = make(self.steps).to(self.model.device)
+        self.label += f"\nguidance {self.guidance:g}"
 
     def x0(self, x_t, t, cond):
         model = self.model

@@ -99,6 +99,8 @@ class Clip:
 
 
 def make(args, setting):
+    if args.clip:
+        setting.require_captions("--clip")
     made = {}
     for path in args.clip or ():
         name = f"clip {Path(path).name if Path(path).is_dir() else path}"

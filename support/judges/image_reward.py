@@ -51,4 +51,7 @@ class ImageReward:
 
 
 def make(args, setting):
-    return [ImageReward(args.image_reward, args.device)] if args.image_reward else []
+    if not args.image_reward:
+        return []
+    setting.require_captions("--image-reward")
+    return [ImageReward(args.image_reward, args.device)]

@@ -25,4 +25,7 @@ class PickScore(Clip):
 
 
 def make(args, setting):
-    return [PickScore(args.pickscore, "pickscore", args.device)] if args.pickscore else []
+    if not args.pickscore:
+        return []
+    setting.require_captions("--pickscore")
+    return [PickScore(args.pickscore, "pickscore", args.device)]
