@@ -1,8 +1,10 @@
 """Command lines: one-line errors, recipes, and the types of flags. Imports nothing slow."""
 
 import argparse
+import contextlib
 import difflib
 import os
+import re
 import shlex
 import sys
 
@@ -36,8 +38,12 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, line):
         """One line of a recipe, `@recipes/NAME.args`, read as a shell would read it."""
+        line = line.removeprefix("\ufeff")
         try:
-            return shlex.split(line.removeprefix("\ufeff"), comments=True)
+            for comment in re.finditer(r"(^|\s)#", line):  # shlex has them within words too
+                with contextlib.suppress(ValueError):  # within quotes it is none
+                    return shlex.split(line[: comment.start()])
+            return shlex.split(line)
         except ValueError as error:
             raise UserError(
                 f"the recipe has a line that cannot be read ({error}): {line}"

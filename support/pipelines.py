@@ -89,6 +89,8 @@ def load_single_file(path, pipeline_class, config, parts):
     weights, say how the network was trained."""
     from diffusers import DDIMScheduler
 
+    if config is not None and not Path(config).is_dir():
+        raise UserError(f"--config {config}: there is no such directory")
     try:
         pipe = pipeline_class.from_single_file(
             str(path), config=config, local_files_only=config is not None, **parts

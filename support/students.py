@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors.torch import save_file
 
 import fsdp
@@ -162,7 +163,8 @@ def merge_lora(network, path, model):
         state, alphas, metadata = kind.lora_state_dict(
             str(path), unet_config=network.config, return_lora_metadata=True
         )
-        names = {name.split(".lora")[0] for name in state if name.startswith("unet.")}
+        in_peft = convert_unet_state_dict_to_peft(state)  # kohya's has older names before
+        names = {name.split(".lora")[0] for name in in_peft if name.startswith("unet.")}
         modules = {f"unet.{name}" for name, _ in network.named_modules()}
         if not names:
             raise UserError(

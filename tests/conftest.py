@@ -10,6 +10,7 @@ import pytest
 import data
 import models
 from lab import plane
+from tests import tiny
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +23,22 @@ def emoji():
 def plane_model():
     """The plane's teacher, the same way."""
     return plane.PlaneModel("gmm")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Tiny pipelines on disk, of Stable Diffusion 1.5's and XL's kinds; not to be changed."""
+    place = tmp_path_factory.mktemp("pipelines")
+    return {name: tiny.write_pipeline(place / name, name) for name in ("sd15", "sdxl")}
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n".join(tiny.PROMPTS))
+    return file
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    return tiny.write_images(tmp_path_factory.mktemp("images"))

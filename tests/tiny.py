@@ -1,13 +1,18 @@
-"""Small pipelines of diffusers' real classes with random weights, and commands run in this process."""
+"""Small pipelines of diffusers' real classes with random weights, written to disk in the real format,
+and commands that are called in this process."""
 
 import copy
-import functools
 import importlib
+import json
 import sys
 
+import diffusers.schedulers.scheduling_lcm
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
@@ -15,11 +20,31 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import data
+import fsdp
 from support.cli import UserError
 from support.pipelines import quiet_libraries
+
+PROMPTS = ["red apple", "cat face with wry smile", "rocket", "a heart with an arrow in it"]
+
+
+# ----------------------------------------------------------------------------- commands
+
+
+def call(command, flags, *more):
+    """main of a command: flags in one string, and more words."""
+    command.main([*flags.split(), *map(str, more)])
+
+
+def refused(command, flags, *more):
+    """The one line that a command is refused with."""
+    with pytest.raises(UserError) as error:
+        call(command, flags, *more)
+    assert error.value.status == 2 and "\n" not in str(error.value)
+    return str(error.value)
 
 
 def run(module, *arguments):
@@ -34,63 +59,55 @@ def run(module, *arguments):
     return 0
 
 
-def text_encoder(kind, width, activation, tokenizer):
-    return kind(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            projection_dim=width,
-            hidden_act=activation,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+# ----------------------------------------------------------------------------- pipelines
+
+COMMON = dict(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    layers_per_block=2,
+    block_out_channels=(32, 64),
+    norm_num_groups=16,
+)
+SD15 = dict(
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    attention_head_dim=2,
+    cross_attention_dim=32,
+)
+SDXL = dict(
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=(2, 4),
+    cross_attention_dim=32 + 48,
+    transformer_layers_per_block=(1, 2),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=6 * 8 + 48,
+)
+SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
-def write_pipeline(folder, name, seed=0, scheduler=None, **unet_options):
-    """SD1.5's and SDXL's kinds of blocks, text encoders, embeddings and schedulers, on 8x8 latents."""
-    torch.manual_seed(seed)
-    tokenizer = CLIPTokenizer.from_pretrained(data.EMBEDDED["emoji"] / "tokenizer")
-    levels = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear") | (
-        scheduler or {}
+def make_text_encoder(kind, width, activation, tokenizer):
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=width,
+        hidden_act=activation,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    if name == "sd15":
-        own = dict(
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            attention_head_dim=2,
-            cross_attention_dim=32,
-        )
-    else:
-        own = dict(
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=(2, 4),
-            cross_attention_dim=32 + 48,
-            transformer_layers_per_block=(1, 2),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + 48,
-        )
-    unet = UNet2DConditionModel(
-        **dict(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            layers_per_block=2,
-            block_out_channels=(32, 64),
-            norm_num_groups=16,
-        )
-        | own
-        | unet_options
-    )
-    vae = AutoencoderKL(
+    return kind(config)
+
+
+def make_vae(scaling_factor):
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(16, 32),
@@ -98,69 +115,128 @@ def write_pipeline(folder, name, seed=0, scheduler=None, **unet_options):
         norm_num_groups=8,
         latent_channels=4,
         sample_size=16,
-        scaling_factor=0.18215 if name == "sd15" else 0.13025,
+        scaling_factor=scaling_factor,
     )
+
+
+def write_pipeline(folder, name, seed=0, scheduler=None, **unet_options):
+    """SD1.5's or SDXL's blocks, text encoders, embeddings and scheduler, for latents of 8x8 and
+    images of 16x16."""
+    quiet_libraries()
+    torch.manual_seed(seed)
+    tokenizer = CLIPTokenizer.from_pretrained(data.EMBEDDED["emoji"] / "tokenizer")
+    betas = SD_BETAS | (scheduler or {})
+    first = make_text_encoder(CLIPTextModel, 32, "quick_gelu", tokenizer)
     if name == "sd15":
+        unet = UNet2DConditionModel(**COMMON | SD15 | unet_options)
         pipe = StableDiffusionPipeline(
-            vae,
-            text_encoder(CLIPTextModel, 32, "quick_gelu", tokenizer),
+            make_vae(0.18215),
+            first,
             tokenizer,
             unet,
-            PNDMScheduler(skip_prk_steps=True, steps_offset=1, **levels),
-            None,
-            None,
+            PNDMScheduler(skip_prk_steps=True, steps_offset=1, **betas),
+            safety_checker=None,
+            feature_extractor=None,
             requires_safety_checker=False,
         )
     else:
+        unet = UNet2DConditionModel(**COMMON | SDXL | unet_options)
         pipe = StableDiffusionXLPipeline(
-            vae,
-            text_encoder(CLIPTextModel, 32, "quick_gelu", tokenizer),
-            text_encoder(CLIPTextModelWithProjection, 48, "gelu", tokenizer),
+            make_vae(0.13025),
+            first,
+            make_text_encoder(CLIPTextModelWithProjection, 48, "gelu", tokenizer),
             tokenizer,
             tokenizer,
             unet,
-            EulerDiscreteScheduler(**levels),
+            EulerDiscreteScheduler(**betas),
             add_watermarker=False,
         )
-    quiet_libraries()
     pipe.save_pretrained(folder)
     return folder
 
 
-@functools.cache
-def opened(folder):
-    quiet_libraries()
-    kind = (
-        StableDiffusionXLPipeline
-        if (folder / "text_encoder_2").is_dir()
-        else StableDiffusionPipeline
+def write_tiny_vae(folder):
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(16, 16),
+        decoder_block_out_channels=(16, 16),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        upsampling_scaling_factor=2,
     )
-    pipe = kind.from_pretrained(folder, low_cpu_mem_usage=False)
+    vae.save_pretrained(folder)
+    return folder
+
+
+def open_in_diffusers(folder, **parts):
+    """The pipeline of a folder in plain diffusers."""
+    quiet_libraries()
+    pipe = DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def moved_unet(folder, amount=0.02):
-    """The teacher's UNet, a little elsewhere: a student."""
-    unet = copy.deepcopy(opened(folder).unet)
+def make_student(folder, amount=0.02):
+    """The teacher's UNet, a little elsewhere."""
+    unet = copy.deepcopy(open_in_diffusers(folder).unet)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for i, parameter in enumerate(unet.parameters()):
-            parameter += amount * torch.randn(
-                parameter.shape, generator=torch.Generator().manual_seed(i)
-            )
+        for parameter in unet.parameters():
+            parameter += amount * torch.randn(parameter.shape, generator=generator)
     return unet
 
 
-def diffusers_few_steps(pipe, prompts, noise, timesteps):
+def draw_with_lcm(pipe, prompts, noise, timesteps, monkeypatch):
     """What LCMScheduler draws without guidance, given the very noise that our sampler gets."""
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     rest = iter(noise[1:])
-    import diffusers.schedulers.scheduling_lcm as lcm
 
-    real, lcm.randn_tensor = lcm.randn_tensor, lambda *arguments, **options: next(rest)
-    try:
-        return pipe(
-            prompts, timesteps=timesteps, guidance_scale=0, latents=noise[0], output_type="latent"
-        ).images
-    finally:
-        lcm.randn_tensor = real
+    def next_noise(*arguments, **options):
+        return next(rest)
+
+    options = {"guidance_scale": 0, "output_type": "latent"}
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusers.schedulers.scheduling_lcm, "randn_tensor", next_noise)
+        return pipe(prompts, timesteps=timesteps, latents=noise[0], **options).images
+
+
+# ----------------------------------------------------------------------------- data and training
+
+
+def random_image(width, height, seed):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def write_images(folder):
+    """Six images of different sizes and shapes, with metadata.jsonl."""
+    lines = []
+    for i, size in enumerate(((40, 30), (30, 40), (16, 16), (100, 17), (8, 9), (33, 33))):
+        random_image(*size, seed=i).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": PROMPTS[i % 4]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+class Trap:
+    """A pickle of it would make a file if it were loaded plainly."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (type(self.file).touch, (self.file,))
+
+
+def keep_gradients(monkeypatch):
+    """A list that fills with the gradients, {parameter: gradient}, of every network that steps."""
+    found, clip = [], fsdp.clip_gradients
+
+    def keep(module, *rest):
+        named = module.named_parameters()
+        found.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+        return clip(module, *rest)
+
+    monkeypatch.setattr(fsdp, "clip_gradients", keep)
+    return found
