@@ -1,4 +1,4 @@
-"""Every formula against closed form or against diffusers. Run with: pytest"""
+"""Every formula against closed form or against diffusers."""
 
 import copy
 import math

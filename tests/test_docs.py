@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Run elsewhere: by .ci/run itself, by tests of their own, or fetching from the hub.
 NOT_RUN = ("pip", "pytest", "hf", "curl")
+# These need published weights; test_eval.py runs the same flags on random ones.
+NEED_WEIGHTS = ("--inception",)
 
 # What stands in for the weights and data of the pages.
 TEACHER = str(ROOT / "assets" / "emoji_teacher")
@@ -28,6 +31,9 @@ STANDS_FOR = {
     "imagenet/train": "classes",
     "DIR": "made",
     "FOLDER": "images",
+    "my_images": "images",
+    "/shared/run": "runs/shared",
+    "20": "2",
     "207": "7",
     "giant panda": "8",
     **dict.fromkeys(("387", "974", "88", "979", "417", "279"), "3"),
@@ -44,7 +50,7 @@ TINY = {
     "lab.claims": "--list",
     "lab.faults": "--help",
     "lab.make_teacher": "--help",
-    "support.benchmark": "--help",
+    "support.benchmark": "--batch-size 2 --iterations 2 --device cpu --dtype fp32",
 }
 
 
@@ -71,6 +77,11 @@ def as_call(words):
     if words[1] == "-m":
         return words[2], words[3:]
     return words[1].removesuffix(".py"), words[2:]
+
+
+def expanded(word, place):
+    """What a shell makes of runs/a/checkpoints/*."""
+    return [str(path) for path in sorted(place.glob(word))] if "*" in word else [word]
 
 
 def stands_for(word):
@@ -100,7 +111,8 @@ def prepared(module, arguments, place):
     """What earlier commands of other pages would have made."""
     run = importlib.import_module
     if "latents" in arguments and not (place / "latents").exists():
-        run("data").main(["latents", "--images", "images", "--out", "latents"])
+        made = ["latents", "--images", "images", "--out", "latents", "--model", TEACHER]
+        run("data").main(made)
     if "pixels" in arguments and not (place / "pixels").exists():
         made = ["pixels", "--images", "classes", "--out", "pixels", "--size", "16"]
         run("data").main(made)
@@ -114,17 +126,49 @@ def prepared(module, arguments, place):
             run("train").main(flags)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def clear(module, arguments, place):
+    """Earlier pages may have written the same run: a run does not replace another."""
+    if "--resume" in arguments or "--help" in arguments:
+        return
+    words = [word for name in arguments if name[0] == "@" for word in recipe_words(name, place)]
+    words += arguments
+    out = "runs/dmd2"
+    if "--variant" in words and "--out" not in words:
+        out = f"runs/{words[words.index('--variant') + 1]}"
+    if "--out" in words:
+        out = words[len(words) - words[::-1].index("--out")]
+    path = place / out
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def recipe_words(name, place):
+    return shlex.split((place / name[1:]).read_text(), comments=True)
+
+
+SLOW = ("running.md", "evaluation.md")
+CASES = [
+    pytest.param(
+        page,
+        id=str(page.relative_to(ROOT)),
+        marks=[pytest.mark.slow] if page.name in SLOW else [],
+    )
+    for page in PAGES
+]
+
+
+@pytest.mark.parametrize("page", CASES)
 def test_commands_of_the_pages_run(page, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     torch.set_num_threads(1)
     for words in commands_of(page):
-        if words[0] in NOT_RUN:
+        if words[0] in NOT_RUN or any(flag in words for flag in NEED_WEIGHTS):
             continue
         module, arguments = as_call(words)
-        arguments = [stands_for(word) for word in arguments]
+        arguments = [name for word in arguments for name in expanded(stands_for(word), place)]
         key = f"data {arguments[0]}" if module == "data" else module
         prepared(module, arguments, place)
+        if module in ("train", "support.export", "lab.plane"):
+            clear(module, arguments, place)
         more = TINY.get(key, "").split()
         if "--resume" in arguments:
             more = ["--iterations", "3"]

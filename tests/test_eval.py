@@ -728,9 +728,7 @@ def test_class_conditional_students_are_compared_from_the_same_noise(class_runs,
         and found["weights"][labels[0]] == found["weights"][labels[2]]
         and found["seed"] == 0
     )
-    assert (
-        found["health"] == {} and found["protocol"] == "emoji-classes"
-    )  # four iterations write no row of metrics
+    assert {"0", "1"} <= set(found["health"]) and found["protocol"] == "emoji-classes"
     difference = found["differences_to_first"][0]["mean"]
     assert difference["value"] == pytest.approx(
         own[labels[0]]["mean"]["value"] - own[next(iter(own))]["mean"]["value"], abs=1e-9

@@ -102,7 +102,8 @@ def torchrun(*arguments):
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_embedded_teacher_under_torchrun(dtype, tmp_path):
     """In micro-batches; the student that two ranks wrote is drawn by one process."""
     out = tmp_path / "run"
