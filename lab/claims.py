@@ -549,13 +549,15 @@ class EmojiMeter:
             word for word in evaluation.COVERAGE_WORDS for _ in range(metrics.COVERAGE_SAMPLES)
         ]
         noise = sample.column_noise(model, len(prompts), self.args.student_steps, seed)
-        pictures = model.decode(sample.draw_in_batches(self.row, noise, model.encode(prompts), 50))
-        judged = self.judge(pictures, {"whole": pictures}, prompts) | Gauges()(
-            pictures, {"whole": pictures}, prompts
+        images = model.decode(sample.draw_in_batches(self.row, noise, model.encode(prompts), 50))
+        judged = self.judge(images, {"whole": images}, prompts) | Gauges()(
+            images, {"whole": images}, prompts
         )
         features = self.judge.reference()
         reference = {"layout": {"gaussian": metrics.Gaussian.of(features)}}
-        figures = metrics.figuresof(judged, prompts, len(self.prompts), reference, self.judge, seed)
+        figures = metrics.metrics_of(
+            judged, prompts, len(self.prompts), reference, self.judge, seed
+        )
         return {name: figure.value for name, figure in figures.items()}
 
     def keep_picture(self, path):
@@ -563,10 +565,8 @@ class EmojiMeter:
         noise = sample.column_noise(
             model, len(sample.PROMPTS), self.args.student_steps, self.args.seed
         )
-        pictures = model.decode(self.row.draw(noise, model.encode(sample.PROMPTS)))
-        strip = (
-            (torch.cat(list(pictures), 2).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-        )
+        images = model.decode(self.row.draw(noise, model.encode(sample.PROMPTS)))
+        strip = (torch.cat(list(images), 2).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
         pictures.save(Image.fromarray(strip), path)
 
 
