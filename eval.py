@@ -474,7 +474,9 @@ class Setting:
                     f"{self.protocol_name} compare with nothing that is published"
                 )
             elif "fid" in metrics and count < 2048:
-                self.warn(f"{source.label}: a fid of {count:,} images, fewer than features, says little")
+                self.warn(
+                    f"{source.label}: a fid of {count:,} images, fewer than features, says little"
+                )
             table.append((source.label, metrics))
         return table
 

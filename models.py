@@ -27,7 +27,7 @@ from support import edm, pipelines
 from support.cli import UserError, first_line
 from support.weights import fingerprint
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+ASSETS = (Path(__file__).parent / "assets").resolve()
 
 
 # ----------------------------------------------------------------------------- noise schedules

@@ -30,10 +30,11 @@ def open_pipeline(path, known, vae=None, config=None):
     import diffusers
 
     quiet_libraries()
-    kind = pipeline_kind(path, known)
+    kind, index = pipeline_kind(path, known)
     pipeline_class = getattr(diffusers, kind)
     accepted = inspect.signature(pipeline_class.__init__).parameters
-    parts = {name: None for name in UNUSED_PARTS if name in accepted}
+    left_out = [name for name, part in index.items() if part == [None, None]]
+    parts = {name: None for name in (*UNUSED_PARTS, *left_out) if name in accepted}
     if vae is not None:
         parts["vae"] = None if vae == "none" else load_vae(vae)
     try:
@@ -50,13 +51,14 @@ def open_pipeline(path, known, vae=None, config=None):
 
 
 def pipeline_kind(path, known):
-    """The name of the pipeline's class, or a UserError that says what is wrong with the path."""
+    """The name of the pipeline's class and its model_index.json, {} of a file. Raises a UserError that
+    says what is wrong with the path."""
     from diffusers import DiffusionPipeline
 
     if Path(path).is_file():
         # Of files with original names, only SDXL's hold a second text encoder.
         second = any(name.startswith("conditioner.embedders.1.") for name in names_in_file(path))
-        return "StableDiffusionXLPipeline" if second else "StableDiffusionPipeline"
+        return ("StableDiffusionXLPipeline" if second else "StableDiffusionPipeline"), {}
     if Path(path).is_dir():
         if not (Path(path) / "model_index.json").is_file():
             raise UserError(f"{path} is no diffusers pipeline: it has no model_index.json")
@@ -73,7 +75,7 @@ def pipeline_kind(path, known):
     kind = config.get("_class_name")
     if kind not in known:
         raise UserError(f"{path} is a {kind}; supported are {', '.join(known)}")
-    return kind
+    return kind, config
 
 
 def names_in_file(path):

@@ -1,0 +1,192 @@
+"""What a user adds from outside, as the README shows it."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+import data
+import losses
+import models
+import sample
+import train
+from lab import plane
+from models import Family
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def shown(pattern):
+    """The lines of the README that match, as code."""
+    found = re.search(pattern, README, re.MULTILINE | re.DOTALL)
+    return "\n".join(line.removeprefix("    ") for line in found[0].splitlines())
+
+
+def test_a_divergence_is_one_line(tmp_path, monkeypatch):
+    entry = eval("{" + shown(r'^    "chi2".*?$') + "\n}")
+    monkeypatch.setattr(losses, "DIVERGENCES", losses.DIVERGENCES | entry)
+    r = torch.linspace(0.2, 5, 20, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(((1 - r) ** 2 / r).sum(), r, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), r)
+    torch.testing.assert_close(losses.DIVERGENCES["chi2"](r), r**2 * curvature)
+    flags = [
+        "--divergence",
+        "chi2",
+        "--gan-weight",
+        "0.1",
+        "--iterations",
+        "2",
+        "--batch-size",
+        "8",
+    ]
+    plane.main([*flags, "--out", str(tmp_path / "run")])
+
+
+def test_a_schedule_of_noise_levels_is_one_line(tmp_path, monkeypatch):
+    entry = eval("{" + shown(r'^    "reversed".*?$') + "}")
+    monkeypatch.setattr(train, "SCHEDULES", train.SCHEDULES | entry)
+    t_in = torch.full((2000,), 249)
+    draws = data.Draws(0, 0, 2000)
+    t_dm, t_ca = train.draw_levels("reversed", (0.0, 1.0), t_in, 1000, draws)
+    assert t_dm.max() < 249 and t_ca.max() > 900
+    flags = [
+        "--schedule",
+        "reversed",
+        "--guidance",
+        "1.5",
+        "--iterations",
+        "2",
+        "--batch-size",
+        "8",
+    ]
+    plane.main([*flags, "--out", str(tmp_path / "run")])
+
+
+@pytest.fixture
+def sd3(tmp_path):
+    """A tiny Stable Diffusion 3 with random weights, on disk."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(data.EMBEDDED["emoji"] / "tokenizer")
+    length = tokenizer.model_max_length
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=length,
+        projection_dim=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        pos_embed_max_size=16,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        latent_channels=16,
+        scaling_factor=1.5,
+        shift_factor=0.06,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipe.save_pretrained(tmp_path / "sd3")
+    return tmp_path / "sd3"
+
+
+def test_a_model_family_is_one_row_and_two_short_functions(sd3, tmp_path, monkeypatch):
+    functions = shown(r"^    def call_sd3.*?pooled_projections\": pooled}$")
+    row = shown(r'^    "StableDiffusion3Pipeline".*?$')
+    space = {"Family": Family}
+    exec(functions, space)
+    monkeypatch.setattr(models, "FAMILIES", models.FAMILIES | eval("{" + row + "}", space))
+    model = models.load_model(sd3)
+    assert model.prediction == "flow" and model.sample_shape == (16, 8, 8)
+
+    # Our sampler at diffusers' levels draws what diffusers draws.
+    pipe = StableDiffusion3Pipeline.from_pretrained(sd3, text_encoder_3=None, tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["red apple", "cat face"]
+    noise = sample.column_noise(model, 2, 1, seed=0)
+    x = sample.TeacherSampler(model, 4, 3.0).draw(noise, model.encode(prompts))
+    options = {"height": 16, "width": 16, "guidance_scale": 3.0, "output_type": "latent"}
+    sigmas = [1.0, 0.75, 0.5, 0.25]  # before the shift
+    theirs = pipe(prompts, latents=noise[0], sigmas=sigmas, **options).images
+    torch.testing.assert_close(x, theirs, atol=1e-4, rtol=1e-4)
+
+    # And it is distilled.
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    flags = ["--model", sd3, "--prompts", tmp_path / "prompts.txt", "--variant", "decoupled"]
+    flags += ["--iterations", 2, "--batch-size", 2, "--out", tmp_path / "run"]
+    train.main([str(word) for word in flags])
+    assert (tmp_path / "run" / "student" / "config.json").is_file()
+
+
+JUDGE = '''"""How red an image is."""
+
+FLAGS = {"--redness": {"action": "store_true", "help": "measure it"}}
+
+
+class Redness:
+    about = {}
+
+    def __call__(self, images, views, prompts):
+        seen = next(iter(views.values()))
+        return {"redness": (seen[:, 0] - seen[:, 1:].mean(1)).mean((1, 2))}
+
+
+def make(args, setting):
+    return [Redness()] if args.redness else []
+'''
+
+
+def test_a_judge_is_one_file(tmp_path):
+    """In a copy of the program, run as a user runs it."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "support", tmp_path / "support")
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    (tmp_path / "support" / "judges" / "redness.py").write_text(JUDGE)
+    command = "eval.py --teacher-only --steps 1 --teacher-steps 2 --samples 4 --no-coverage"
+    words = [sys.executable, *command.split(), "--redness", "--device", "cpu"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "redness" in done.stdout
