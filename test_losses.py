@@ -81,7 +81,7 @@ def gauss_hermite(n=120):
     return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
 
 
-# ---------------------------------------------------------------------------------------------------- schedules
+# ----------------------------------------------------------------------------- schedules
 
 
 def test_schedules_are_what_diffusers_uses():
@@ -107,7 +107,7 @@ def test_timesteps():
     assert SCHEDULES["vp"].timesteps(50) == scheduler.timesteps.tolist()
 
 
-# ---------------------------------------------------------------------------------------------------- x0 prediction
+# ----------------------------------------------------------------------------- x0 prediction
 
 
 def output_of(prediction, x0, x_t, alpha, sigma):
@@ -181,7 +181,7 @@ def test_denoising_loss_is_the_error_of_the_networks_own_output(family, predicti
     torch.testing.assert_close(loss, error.square().mean())
 
 
-# ---------------------------------------------------------------------------------------------------- f-divergences and the direction
+# ----------------------------------------------------------------------------- f-divergences and the direction
 
 F = {  # table of 2502.15681, D_f(p || q) = E_q[f(p / q)], of r and log r
     "reverse-kl": lambda r, log_r: -log_r,
@@ -349,7 +349,7 @@ def test_normalised_variance_of_the_weight_between_two_unit_gaussians():
     assert variance["js", 3.0] < 10 and variance["hellinger", 3.0] < 10
 
 
-# ---------------------------------------------------------------------------------------------------- ratio, GAN, mean-variance
+# ----------------------------------------------------------------------------- ratio, GAN, mean-variance
 
 
 def test_density_ratio_is_cut_off_on_both_sides():
@@ -488,7 +488,7 @@ def test_health_figures_on_known_tensors():
     assert figures["cosine"].item() == pytest.approx(0)
 
 
-# ---------------------------------------------------------------------------------------------------- samplers
+# ----------------------------------------------------------------------------- samplers
 
 
 def exact_x0(schedule):
@@ -578,4 +578,4 @@ def test_few_step_sampler_agrees_with_lcm():
     torch.testing.assert_close(ours, x_t, atol=1e-4, rtol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------- the training steps
+# ----------------------------------------------------------------------------- the training steps

@@ -71,7 +71,7 @@ class Claim:
         return runs | {"untrained": (next(iter(runs.values()))[0], "untrained")}
 
 
-# ---------------------------------------------------------------------------------------------------- the claims
+# ----------------------------------------------------------------------------- the claims
 
 K1, K5 = "--fake-updates 1", "--fake-updates 5"
 GAN = "--model gmm-imperfect --gan-weight 1 --critic-weight 1"
@@ -336,7 +336,7 @@ CLAIMS["emoji"] = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------- one run
+# ----------------------------------------------------------------------------- one run
 
 CODE = ("train.py", "losses.py", "models.py", "data.py", "lab/plane.py", "lab/claims.py")
 
@@ -570,7 +570,7 @@ class EmojiMeter:
         pictures.save(Image.fromarray(strip), path)
 
 
-# ---------------------------------------------------------------------------------------------------- what came of it
+# ----------------------------------------------------------------------------- what came of it
 
 # Two-sided 5 % points of Student's t for 1, 2, ... degrees of freedom.
 T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
@@ -728,7 +728,7 @@ def draw_claim(out, family, claim, more_flags, where):
     pictures.save(sheet, where / f"{family}-{claim.number}.png")
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------- command line
 
 
 def parse_arguments(arguments=None):

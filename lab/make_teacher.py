@@ -146,7 +146,7 @@ def train(stage, iterations, modules, lr, loss_of, args, ema=None):
             )
 
 
-# ---------------------------------------------------------------------------------------------------- autoencoder
+# ----------------------------------------------------------------------------- autoencoder
 
 
 def reconstruction_loss(encode, decoder, pictures, generator, args):
@@ -202,7 +202,7 @@ def polish_decoder(vae, pictures, args):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- latents
+# ----------------------------------------------------------------------------- latents
 
 
 @torch.no_grad()
@@ -223,7 +223,7 @@ def make_latents(vae, pictures, width, views, args):
     return torch.load(path, weights_only=True)["latents"]
 
 
-# ---------------------------------------------------------------------------------------------------- denoiser
+# ----------------------------------------------------------------------------- denoiser
 
 
 def make_tokenizer(captions, folder):
@@ -371,7 +371,7 @@ def make_denoiser(vae, pictures, captions, tokenizer, args):
     return ema.module["text_encoder"].eval(), ema.module["unet"].eval(), scheduler
 
 
-# ---------------------------------------------------------------------------------------------------- classes
+# ----------------------------------------------------------------------------- classes
 
 
 def make_class_denoiser(args):
@@ -415,7 +415,7 @@ def make_class_denoiser(args):
     return ema.module["unet"].eval()
 
 
-# ---------------------------------------------------------------------------------------------------- all stages
+# ----------------------------------------------------------------------------- all stages
 
 
 def write_pipeline(out, vae, text_encoder, unet, tokenizer, scheduler):

@@ -199,7 +199,7 @@ def test_the_embedded_class_conditional_data_are_drawn_class_by_class():
     assert torch.equal(x, again) and same == labels
 
 
-# ---------------------------------------------------------------------------------------------------- precision and samplers
+# ----------------------------------------------------------------------------- precision and samplers
 
 
 def test_noise_levels_stay_apart_in_bfloat16(model):
@@ -267,7 +267,7 @@ def test_the_teacher_s_sampler_is_edm_s(model, steps):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------- data
 
 
 @pytest.fixture(scope="module")
@@ -389,7 +389,7 @@ def test_bad_archives_and_labels(model, classes, tmp_path, capsys):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("recipe", ["imagenet64_nogan", "imagenet64_dmd2", "imagenet64_fdistill"])

@@ -90,7 +90,7 @@ def pictures(folder, count, size=32, seed=0):
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------- figures
+# ----------------------------------------------------------------------------- figures
 
 
 def test_fid_of_two_gaussians_is_the_closed_form():
@@ -205,7 +205,7 @@ def test_gauges_of_known_pictures():
     )
 
 
-# ---------------------------------------------------------------------------------------------------- protocols
+# ----------------------------------------------------------------------------- protocols
 
 
 def test_protocols_cut_and_resize_as_their_sources_do(tmp_path):
@@ -257,7 +257,7 @@ def test_pictures_of_several_sizes_are_refused_unless_something_makes_them_alike
     assert protocols.views_of(several, PROTOCOLS["coco30k-256"])["whole"].shape == (2, 3, 256, 256)
 
 
-# ---------------------------------------------------------------------------------------------------- Inception and torch-fidelity
+# ----------------------------------------------------------------------------- Inception and torch-fidelity
 
 
 @pytest.fixture(scope="module")
@@ -558,7 +558,7 @@ def test_two_processes_write_the_reference_of_one_and_say_what_it_lacks(
     )
 
 
-# ---------------------------------------------------------------------------------------------------- CLIP and PickScore
+# ----------------------------------------------------------------------------- CLIP and PickScore
 
 
 @pytest.fixture(scope="module")
@@ -708,7 +708,7 @@ def test_models_that_are_not_here_are_one_line(flags, says, tmp_path, capsys, mo
     assert says in printed and printed.count("\n") == 1
 
 
-# ---------------------------------------------------------------------------------------------------- whole evaluations
+# ----------------------------------------------------------------------------- whole evaluations
 
 
 def test_class_conditional_students_are_compared_from_the_same_noise(class_runs, tmp_path, capsys):
@@ -1059,7 +1059,7 @@ def test_corrupt_pictures_are_named_and_counted(tmp_path, capsys):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- samplers of EDM's networks
+# ----------------------------------------------------------------------------- samplers of EDM's networks
 
 
 def test_stochastic_sampler_is_edm_s():
