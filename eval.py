@@ -71,6 +71,7 @@ from support.judges.inception import Inception
 from support.metrics import (
     COVERAGE_REPEATS,
     COVERAGE_SAMPLES,
+    COVERAGE_WORDS,
     Gaussian,
     Metric,
     coverage_samples,
@@ -81,7 +82,6 @@ from support.prompt_files import read_prompts
 from support.protocols import PROTOCOLS
 from support.weights import fingerprint, fingerprints
 
-COVERAGE_WORDS = ("cat", "heart", "moon")
 REFERENCE_FEATURES = 50_000  # the most of a reference's images for kid, precision and recall
 
 

@@ -2,21 +2,21 @@
 
     python -m lab.claims                     # every claim on the plane, about 40 minutes on two cores
     python -m lab.claims --claim 1 9         # these two
-    python -m lab.claims --family emoji      # claims 1, 6, 9, 10, 11 on the embedded teacher, 45 minutes
-    python -m lab.claims --list              # what is claimed, and the flags of every arm
+    python -m lab.claims --world emoji       # claims 1, 6, 9, 10, 11 on the embedded teacher, 45 minutes
+    python -m lab.claims --list              # what is claimed, and every arm as a command
 
-A claim compares arms, each a set of train.py's flags. Every arm has the same budget (iterations, batch,
-steps), the same sweep of the student's learning rate, and the same seeds, and every claim shows the
-untrained network beside them. An expectation of the paper holds ("yes") or fails ("opposite") where the
-difference, seed by seed, is beyond Student's 95 % interval; else it is "not resolved". That is asked with
-every arm at its best rate (lowest KL divergence, mean over the seeds), and with all arms at each rate.
+A claim compares arms, each a set of train.py's flags. All arms have the same budget (iterations,
+batch, steps), the same sweep of the student's learning rate and the same seeds, and the untrained
+network stands beside them. What the paper leads one to expect holds ("yes") or fails ("opposite")
+where the difference, seed by seed, is beyond Student's 95 % interval; else it is "not resolved". That
+is asked with every arm at its best rate (lowest KL divergence, mean over the seeds), and with all arms
+at each rate.
 
-Every finished run is kept in --out, so an interrupted command goes on where it was, and arms that
-claims share run once. The summary is printed; it, a table of every arm and the images are written to
---out (those of a part of the claims to a folder of their own).
+Finished runs are kept in --out (lab/trials.py), so an interrupted command goes on where it was. The
+summary is printed; it, a table of every arm and the images are written there too, those of a part of
+the claims to a folder of their own.
 """
 
-import hashlib
 import json
 import multiprocessing
 import statistics
@@ -24,708 +24,503 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 import data
-import eval as evaluation
-import fsdp
-import losses
-import models
-import sample
-import train
-from lab import plane as gmm
-from support import checkpoint, cli, metrics, pictures
+from lab import plane
+from lab.trials import WORLDS, Trial, code_version, run_trial
+from support import checkpoint, cli, pictures
 from support.cli import UserError
-from support.judges.emoji import EmojiJudge
-from support.judges.gauges import Gauges
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-BASE = {"gmm": f"@{RECIPES}/plane.args", "emoji": f"@{RECIPES}/short.args"}
-LEARNING_RATES = {"gmm": ("5e-4", "2e-3"), "emoji": ("2e-4",)}
-SEEDS = {"gmm": 5, "emoji": 3}
-JUDGED_BY = {"gmm": "kl", "emoji": "frechet"}  # lower is better; chooses the learning rate
-SAMPLES = 4096
+# Two-sided 5 % points of Student's t for 1, 2, ... degrees of freedom.
+T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+UNTRAINED = "untrained"
 
 
 @dataclass
 class Claim:
-    """arms: name -> flags. shown: figures of the table, the first also of the summary. expected: ((arm, figure), "<" or ">",
-    (arm, figure)), what the paper leads one to expect. Every claim also has an arm `untrained`, its first arm's network before
-    any iteration. probe: what else to measure, see distil."""
+    """arms: {name: flags}. metrics: of the table, the first also of the summary. expected: what the
+    paper leads one to expect, "METRIC: ARM < ARM" or "ARM: METRIC < METRIC"."""
 
     number: int
     title: str
     paper: str
     arms: dict
-    shown: tuple
-    expected: list
+    metrics: tuple
+    expected: tuple
+    world: str = "plane"
     probe: str = ""
 
-    def runs(self, more_flags):
-        """{arm: (flags, probe)}"""
-        runs = {
-            name: (f"{flags} {more_flags}".strip(), self.probe) for name, flags in self.arms.items()
-        }
-        return runs | {"untrained": (next(iter(runs.values()))[0], "untrained")}
+    def trials(self, more_flags=""):
+        """{arm: Trial}, with the first arm's network before any iteration."""
+        found = {}
+        for name, flags in self.arms.items():
+            found[name] = Trial(self.world, f"{flags} {more_flags}".strip(), self.probe)
+        first = next(iter(found.values()))
+        return found | {UNTRAINED: Trial(self.world, first.flags, UNTRAINED)}
 
 
 # ----------------------------------------------------------------------------- the claims
 
+TTUR = "TTUR: without regression, K = 1 is unstable or worse; K = 5 repairs it"
+BACKWARD = "Few steps: backward simulation beats noised real data as the student's input"
+CA_ALONE = (
+    "CA alone: variance grows without bound; DM alone is stable but lags; both together do best"
+)
+SCHEDULES = "Schedules: hybrid is best, then constrained, then full, then coupled"
+MEAN_VARIANCE = "A mean-variance KL keeps CA stable, less well than DM"
+
 K1, K5 = "--fake-updates 1", "--fake-updates 5"
-GAN = "--model gmm-imperfect --gan-weight 1 --critic-weight 1"
-RATIO = "--variant fdistill --student-steps 1 --gan-weight 0.03 --critic-weight 1"  # the GAN is there for the ratio, hardly for the student
+IMPERFECT = "--model gmm-imperfect"
+GAN = f"{IMPERFECT} --gan-weight 1 --critic-weight 1"
+# The GAN is there for the ratio, and hardly moves the student.
+RATIO = "--variant fdistill --student-steps 1 --gan-weight 0.03 --critic-weight 1 --divergence"
 GUIDED = "--variant decoupled --student-steps 1 --guidance 1.5 --schedule coupled"
 FOUR = "--variant decoupled --student-steps 4 --guidance 1.5 --schedule"
 YOUNG = "student after 20 updates"
-PAIRS = "--variant dmd --pairs {out}/pairs"
-
-
-def lower(figure, better, *worse):
-    return [((better, figure), "<", (arm, figure)) for arm in worse]
-
-
-CLAIMS = {
-    "gmm": [
-        Claim(
-            1,
-            "TTUR: without regression, K = 1 is unstable or worse; K = 5 repairs it",
-            "2405.14867: ImageNet FID 3.48 -> 2.61",
-            {"K = 1": K1, "K = 5": K5},
-            ("kl", "sliced", "modes", "mass"),
-            lower("kl", "K = 5", "K = 1", "untrained") + lower("mass", "K = 5", "K = 1"),
-        ),
-        Claim(
-            2,
-            "A faster fake score's learning rate does not replace K",
-            "2405.14867, appendix",
-            {
-                "K = 1, fake rate x 2": K1 + " --fake-learning-rate 4e-3",
-                "K = 1, fake rate x 5": K1 + " --fake-learning-rate 1e-2",
-                "K = 5": K5,
-            },
-            ("kl", "sliced", "modes", "mass"),
-            lower("kl", "K = 5", "K = 1, fake rate x 2", "K = 1, fake rate x 5")
-            + lower("mass", "K = 5", "K = 1, fake rate x 2", "K = 1, fake rate x 5"),
-        ),
-        Claim(
-            3,
-            "Regression stabilises DMD at K = 1",
-            "2405.14867: ImageNet FID 2.62 with it, 3.48 without",
-            {"K = 1": K1, "K = 1 + regression": PAIRS},
-            ("kl", "sliced", "modes", "mass"),
-            lower("kl", "K = 1 + regression", "K = 1")
-            + lower("mass", "K = 1 + regression", "K = 1"),
-        ),
-        Claim(
-            4,
-            "With an imperfect teacher, the GAN brings the student closer to the data than the teacher is",
-            "2405.14867: ImageNet FID 1.51 with it, 2.61 without",
-            {"no GAN": "--model gmm-imperfect", "GAN": GAN},
-            ("sliced_data", "kl_data", "sliced_teacher_data", "kl_teacher_data"),
-            [(("GAN", "sliced_data"), "<", ("GAN", "sliced_teacher_data"))]
-            + lower("sliced_data", "GAN", "no GAN"),
-        ),
-        Claim(
-            5,
-            "GAN alone is worse than both together",
-            "2405.14867: ImageNet FID 2.56 alone, 1.51 both; SDXL FID 13.77 alone, 19.32 both, but patch FID 27.96 alone, 20.86 both",
-            {
-                "no GAN": "--model gmm-imperfect",
-                "GAN": GAN,
-                "GAN alone": GAN + " --dm-weight 0 --ca-weight 0",
-            },
-            ("kl_data", "sliced_data", "mass"),
-            lower("kl_data", "GAN", "GAN alone") + lower("sliced_data", "GAN", "GAN alone"),
-        ),
-        Claim(
-            6,
-            "Few steps: backward simulation beats noised real data as the student's input",
-            "2405.14867: SDXL FID 19.32 against 20.66",
-            {"backward": "--student-steps 4", "data": "--student-steps 4 --student-input data"},
-            ("kl", "sliced", "mass"),
-            lower("kl", "backward", "data", "untrained")
-            + lower("sliced", "backward", "data", "untrained"),
-        ),
-        Claim(
-            7,
-            "Forward KL, Jeffreys and JS cover more modes than reverse KL, without guidance",
-            "2502.15681: ImageNet recall .65 (reverse KL), .65 (forward KL), .66 (JS)",
-            {
-                name: f"{RATIO} --divergence {name}"
-                for name in ("reverse-kl", "forward-kl", "jeffreys", "js")
-            },
-            ("modes@0", "modes@1", "modes", "mass", "kl"),
-            [
-                ((name, "modes@1"), ">", ("reverse-kl", "modes@1"))
-                for name in ("forward-kl", "jeffreys", "js")
-            ]
-            + [
-                ((name, "mass"), "<", ("reverse-kl", "mass"))
-                for name in ("forward-kl", "jeffreys", "js")
-            ],
-        ),
-        Claim(
-            8,
-            "The weight h varies most for forward KL and Jeffreys, little for JS; normalising the ratio in its time bin lowers it",
-            "2502.15681, figure 4",
-            {YOUNG: f"{RATIO} --divergence reverse-kl --iterations 100"},
-            tuple(
-                f"{what} {name}"
-                for name in ("forward-kl", "jeffreys", "js")
-                for what in (
-                    "var h raw",
-                    "var h binned",
-                    "grad noise raw",
-                    "grad noise binned",
-                    "grad noise both",
-                )
-            ),
-            [
-                ((YOUNG, "var h binned js"), "<", (YOUNG, "var h binned forward-kl")),
-                ((YOUNG, "var h binned js"), "<", (YOUNG, "var h binned jeffreys")),
-                ((YOUNG, "var h binned forward-kl"), "<", (YOUNG, "var h raw forward-kl")),
-                ((YOUNG, "grad noise binned js"), "<", (YOUNG, "grad noise binned forward-kl")),
-                (
-                    (YOUNG, "grad noise both forward-kl"),
-                    "<",
-                    (YOUNG, "grad noise binned forward-kl"),
-                ),
-            ],
-            probe="ratio",
-        ),
-        Claim(
-            9,
-            "CA alone: variance grows without bound; DM alone is stable but lags; both together do best",
-            "2511.22677",
-            {
-                "CA alone": GUIDED + " --dm-weight 0",
-                "DM alone": GUIDED + " --ca-weight 0",
-                "both": GUIDED,
-            },
-            ("kl", "kl@0", "near@0", "near", "deviation@0", "deviation@4", "deviation"),
-            [
-                (("CA alone", "deviation"), ">", ("CA alone", "deviation@4")),
-                (("CA alone", "deviation"), ">", ("both", "deviation")),
-            ]
-            + lower("kl", "both", "CA alone", "DM alone", "untrained"),
-        ),
-        Claim(
-            10,
-            "Schedules: hybrid is best, then constrained, then full, then coupled",
-            "2511.22677: HPSv2.1 32.29, 31.71, 30.69, 30.61",
-            {name: f"{FOUR} {name}" for name in ("coupled", "full", "constrained", "hybrid")},
-            ("kl", "sliced", "near", "modes"),
-            lower("kl", "hybrid", "constrained", "untrained")
-            + lower("kl", "constrained", "full")
-            + lower("kl", "full", "coupled")
-            + [
-                (("constrained", "near"), ">", ("coupled", "near")),
-                (("hybrid", "near"), ">", ("coupled", "near")),
-            ],
-        ),
-        Claim(
-            11,
-            "A mean-variance KL keeps CA stable, less well than DM",
-            "2511.22677",
-            {
-                "CA alone": GUIDED + " --dm-weight 0",
-                "CA + mean-variance": GUIDED + " --dm-weight 0 --mean-variance-weight 1",
-                "CA + a tenth of it": GUIDED + " --dm-weight 0 --mean-variance-weight 0.1",
-                "CA + DM": GUIDED,
-            },
-            ("kl", "deviation", "near", "modes"),
-            lower("deviation", "CA + mean-variance", "CA alone")
-            + lower("kl", "CA + mean-variance", "untrained")
-            + lower("kl", "CA + DM", "CA + mean-variance"),
-        ),
-        Claim(
-            12,
-            "DM alone goes to the unguided teacher, CA carries the guidance",
-            "reported of 2511.22677 by later work",
-            {"DM alone": GUIDED + " --ca-weight 0", "both": GUIDED},
-            ("sliced", "sliced_unguided"),
-            [
-                (("DM alone", "sliced_unguided"), "<", ("DM alone", "sliced")),
-                (("both", "sliced"), "<", ("both", "sliced_unguided")),
-                (("DM alone", "sliced_unguided"), "<", ("untrained", "sliced_unguided")),
-                (("both", "sliced"), "<", ("untrained", "sliced")),
-            ],
-        ),
-        Claim(
-            13,
-            "The first half of claim 9, with four steps, where the untrained network is near its target: CA alone works at first",
-            "2511.22677",
-            {
-                "both": f"{FOUR} coupled",
-                "CA alone": f"{FOUR} coupled --dm-weight 0",
-                "DM alone": f"{FOUR} coupled --ca-weight 0",
-            },
-            ("kl@0", "near@0", "deviation@0", "kl", "deviation"),
-            lower("kl@0", "CA alone", "DM alone", "both")
-            + [(("CA alone", "kl@0"), "<", ("untrained", "kl"))],
-        ),
-    ]
-}
-# At 4 steps the undistilled network already has an alignment of .8, which leaves no room: hence 1 step, and 2 where a claim is about several.
+RATIO_METRICS = ("var h raw", "var h binned")
+RATIO_METRICS += ("grad noise raw", "grad noise binned", "grad noise both")
+# At 4 steps the undistilled network already has an alignment of .8, which leaves no room: hence 1
+# step, and 2 where a claim is about several.
 EMOJI_ONE = "--student-steps 1 --fake-updates 5"
-EMOJI_SCHEDULE = "--variant decoupled --gan-weight 0 --student-steps 2 --schedule"
-CLAIMS["emoji"] = [
+EMOJI_TWO = "--variant decoupled --gan-weight 0 --student-steps 2 --schedule"
+EMOJI_METRICS = ("alignment", "coverage", "frechet", "deviation")
+
+CLAIMS = (
     Claim(
-        1,
-        "TTUR: without regression, K = 1 is unstable or worse; K = 5 repairs it",
-        "2405.14867: ImageNet FID 3.48 -> 2.61",
-        {"K = 1": "--student-steps 1 --fake-updates 1", "K = 5": EMOJI_ONE},
-        ("alignment", "coverage", "frechet", "deviation"),
-        lower("frechet", "K = 5", "K = 1")
-        + [(("K = 5", "alignment"), ">", ("K = 1", "alignment"))],
+        number=1,
+        title=TTUR,
+        paper="2405.14867: ImageNet FID 3.48 -> 2.61",
+        arms={"K = 1": K1, "K = 5": K5},
+        metrics=("kl", "sliced", "modes", "mass"),
+        expected=("kl: K = 5 < K = 1", "kl: K = 5 < untrained", "mass: K = 5 < K = 1"),
     ),
     Claim(
-        6,
-        "Few steps: backward simulation beats noised real data as the student's input",
-        "2405.14867: SDXL FID 19.32 against 20.66",
-        {"backward": "--student-steps 2", "data": "--student-steps 2 --student-input data"},
-        ("alignment", "coverage", "frechet", "deviation"),
-        lower("frechet", "backward", "data")
-        + [(("backward", "alignment"), ">", ("data", "alignment"))],
+        number=2,
+        title="A faster fake score's learning rate does not replace K",
+        paper="2405.14867, appendix",
+        arms={
+            "K = 1, fake rate x 2": f"{K1} --fake-learning-rate 4e-3",
+            "K = 1, fake rate x 5": f"{K1} --fake-learning-rate 1e-2",
+            "K = 5": K5,
+        },
+        metrics=("kl", "sliced", "modes", "mass"),
+        expected=(
+            "kl: K = 5 < K = 1, fake rate x 2",
+            "kl: K = 5 < K = 1, fake rate x 5",
+            "mass: K = 5 < K = 1, fake rate x 2",
+            "mass: K = 5 < K = 1, fake rate x 5",
+        ),
     ),
     Claim(
-        9,
-        "CA alone: variance grows without bound; DM alone is stable but lags; both together do best",
-        "2511.22677",
-        {
-            "CA alone": EMOJI_ONE + " --dm-weight 0",
-            "DM alone": EMOJI_ONE + " --ca-weight 0",
+        number=3,
+        title="Regression stabilises DMD at K = 1",
+        paper="2405.14867: ImageNet FID 2.62 with it, 3.48 without",
+        arms={"K = 1": K1, "K = 1 + regression": "--variant dmd --pairs {out}/pairs"},
+        metrics=("kl", "sliced", "modes", "mass"),
+        expected=("kl: K = 1 + regression < K = 1", "mass: K = 1 + regression < K = 1"),
+    ),
+    Claim(
+        number=4,
+        title="With an imperfect teacher, the GAN brings the student closer to the data than the "
+        "teacher is",
+        paper="2405.14867: ImageNet FID 1.51 with it, 2.61 without",
+        arms={"no GAN": IMPERFECT, "GAN": GAN},
+        metrics=("sliced_data", "kl_data", "sliced_teacher_data", "kl_teacher_data"),
+        expected=("GAN: sliced_data < sliced_teacher_data", "sliced_data: GAN < no GAN"),
+    ),
+    Claim(
+        number=5,
+        title="GAN alone is worse than both together",
+        paper="2405.14867: ImageNet FID 2.56 alone, 1.51 both; SDXL FID 13.77 alone, 19.32 both, but "
+        "patch FID 27.96 alone, 20.86 both",
+        arms={
+            "no GAN": IMPERFECT,
+            "GAN": GAN,
+            "GAN alone": f"{GAN} --dm-weight 0 --ca-weight 0",
+        },
+        metrics=("kl_data", "sliced_data", "mass"),
+        expected=("kl_data: GAN < GAN alone", "sliced_data: GAN < GAN alone"),
+    ),
+    Claim(
+        number=6,
+        title=BACKWARD,
+        paper="2405.14867: SDXL FID 19.32 against 20.66",
+        arms={"backward": "--student-steps 4", "data": "--student-steps 4 --student-input data"},
+        metrics=("kl", "sliced", "mass"),
+        expected=(
+            "kl: backward < data",
+            "kl: backward < untrained",
+            "sliced: backward < data",
+            "sliced: backward < untrained",
+        ),
+    ),
+    Claim(
+        number=7,
+        title="Forward KL, Jeffreys and JS cover more modes than reverse KL, without guidance",
+        paper="2502.15681: ImageNet recall .65 (reverse KL), .65 (forward KL), .66 (JS)",
+        arms={
+            "reverse-kl": f"{RATIO} reverse-kl",
+            "forward-kl": f"{RATIO} forward-kl",
+            "jeffreys": f"{RATIO} jeffreys",
+            "js": f"{RATIO} js",
+        },
+        metrics=("modes@0", "modes@1", "modes", "mass", "kl"),
+        expected=(
+            "modes@1: forward-kl > reverse-kl",
+            "modes@1: jeffreys > reverse-kl",
+            "modes@1: js > reverse-kl",
+            "mass: forward-kl < reverse-kl",
+            "mass: jeffreys < reverse-kl",
+            "mass: js < reverse-kl",
+        ),
+    ),
+    Claim(
+        number=8,
+        title="The weight h varies most for forward KL and Jeffreys, little for JS; normalising the "
+        "ratio in its time bin lowers it",
+        paper="2502.15681, figure 4",
+        arms={YOUNG: f"{RATIO} reverse-kl --iterations 100"},
+        metrics=tuple(
+            f"{metric} {name}"
+            for name in ("forward-kl", "jeffreys", "js")
+            for metric in RATIO_METRICS
+        ),
+        expected=(
+            f"{YOUNG}: var h binned js < var h binned forward-kl",
+            f"{YOUNG}: var h binned js < var h binned jeffreys",
+            f"{YOUNG}: var h binned forward-kl < var h raw forward-kl",
+            f"{YOUNG}: grad noise binned js < grad noise binned forward-kl",
+            f"{YOUNG}: grad noise both forward-kl < grad noise binned forward-kl",
+        ),
+        probe="ratio",
+    ),
+    Claim(
+        number=9,
+        title=CA_ALONE,
+        paper="2511.22677",
+        arms={
+            "CA alone": f"{GUIDED} --dm-weight 0",
+            "DM alone": f"{GUIDED} --ca-weight 0",
+            "both": GUIDED,
+        },
+        metrics=("kl", "kl@0", "near@0", "near", "deviation@0", "deviation@4", "deviation"),
+        expected=(
+            "CA alone: deviation > deviation@4",
+            "deviation: CA alone > both",
+            "kl: both < CA alone",
+            "kl: both < DM alone",
+            "kl: both < untrained",
+        ),
+    ),
+    Claim(
+        number=10,
+        title=SCHEDULES,
+        paper="2511.22677: HPSv2.1 32.29, 31.71, 30.69, 30.61",
+        arms={
+            "coupled": f"{FOUR} coupled",
+            "full": f"{FOUR} full",
+            "constrained": f"{FOUR} constrained",
+            "hybrid": f"{FOUR} hybrid",
+        },
+        metrics=("kl", "sliced", "near", "modes"),
+        expected=(
+            "kl: hybrid < constrained",
+            "kl: hybrid < untrained",
+            "kl: constrained < full",
+            "kl: full < coupled",
+            "near: constrained > coupled",
+            "near: hybrid > coupled",
+        ),
+    ),
+    Claim(
+        number=11,
+        title=MEAN_VARIANCE,
+        paper="2511.22677",
+        arms={
+            "CA alone": f"{GUIDED} --dm-weight 0",
+            "CA + mean-variance": f"{GUIDED} --dm-weight 0 --mean-variance-weight 1",
+            "CA + a tenth of it": f"{GUIDED} --dm-weight 0 --mean-variance-weight 0.1",
+            "CA + DM": GUIDED,
+        },
+        metrics=("kl", "deviation", "near", "modes"),
+        expected=(
+            "deviation: CA + mean-variance < CA alone",
+            "kl: CA + mean-variance < untrained",
+            "kl: CA + DM < CA + mean-variance",
+        ),
+    ),
+    Claim(
+        number=12,
+        title="DM alone goes to the unguided teacher, CA carries the guidance",
+        paper="reported of 2511.22677 by later work",
+        arms={"DM alone": f"{GUIDED} --ca-weight 0", "both": GUIDED},
+        metrics=("sliced", "sliced_unguided"),
+        expected=(
+            "DM alone: sliced_unguided < sliced",
+            "both: sliced < sliced_unguided",
+            "sliced_unguided: DM alone < untrained",
+            "sliced: both < untrained",
+        ),
+    ),
+    Claim(
+        number=13,
+        title="The first half of claim 9, with four steps, where the untrained network is near its "
+        "target: CA alone works at first",
+        paper="2511.22677",
+        arms={
+            "both": f"{FOUR} coupled",
+            "CA alone": f"{FOUR} coupled --dm-weight 0",
+            "DM alone": f"{FOUR} coupled --ca-weight 0",
+        },
+        metrics=("kl@0", "near@0", "deviation@0", "kl", "deviation"),
+        expected=(
+            "kl@0: CA alone < DM alone",
+            "kl@0: CA alone < both",
+            "kl@0: CA alone < untrained",
+        ),
+    ),
+    Claim(
+        number=1,
+        title=TTUR,
+        paper="2405.14867: ImageNet FID 3.48 -> 2.61",
+        world="emoji",
+        arms={"K = 1": "--student-steps 1 --fake-updates 1", "K = 5": EMOJI_ONE},
+        metrics=EMOJI_METRICS,
+        expected=("frechet: K = 5 < K = 1", "alignment: K = 5 > K = 1"),
+    ),
+    Claim(
+        number=6,
+        title=BACKWARD,
+        paper="2405.14867: SDXL FID 19.32 against 20.66",
+        world="emoji",
+        arms={"backward": "--student-steps 2", "data": "--student-steps 2 --student-input data"},
+        metrics=EMOJI_METRICS,
+        expected=("frechet: backward < data", "alignment: backward > data"),
+    ),
+    Claim(
+        number=9,
+        title=CA_ALONE,
+        paper="2511.22677",
+        world="emoji",
+        arms={
+            "CA alone": f"{EMOJI_ONE} --dm-weight 0",
+            "DM alone": f"{EMOJI_ONE} --ca-weight 0",
             "both": EMOJI_ONE,
         },
-        ("alignment", "coverage", "frechet", "deviation", "std@1", "std@9"),
-        [
-            (("CA alone", "std@9"), ">", ("CA alone", "std@4")),
-            (("CA alone", "deviation"), ">", ("both", "deviation")),
-        ]
-        + [(("both", "alignment"), ">", (arm, "alignment")) for arm in ("CA alone", "DM alone")],
+        metrics=(*EMOJI_METRICS, "std@1", "std@9"),
+        expected=(
+            "CA alone: std@9 > std@4",
+            "deviation: CA alone > both",
+            "alignment: both > CA alone",
+            "alignment: both > DM alone",
+        ),
     ),
     Claim(
-        11,
-        "A mean-variance KL keeps CA stable, less well than DM",
-        "2511.22677",
-        {
-            "CA alone": EMOJI_ONE + " --dm-weight 0",
-            "CA + mean-variance": EMOJI_ONE + " --dm-weight 0 --mean-variance-weight 1",
+        number=10,
+        title=SCHEDULES,
+        paper="2511.22677: HPSv2.1 32.29, 31.71, 30.69, 30.61",
+        world="emoji",
+        arms={
+            "coupled": f"{EMOJI_TWO} coupled",
+            "full": f"{EMOJI_TWO} full",
+            "constrained": f"{EMOJI_TWO} constrained",
+            "hybrid": f"{EMOJI_TWO} hybrid",
+        },
+        metrics=EMOJI_METRICS,
+        expected=(
+            "alignment: hybrid > constrained",
+            "alignment: hybrid > full",
+            "alignment: hybrid > coupled",
+            "frechet: hybrid < coupled",
+        ),
+    ),
+    Claim(
+        number=11,
+        title=MEAN_VARIANCE,
+        paper="2511.22677",
+        world="emoji",
+        arms={
+            "CA alone": f"{EMOJI_ONE} --dm-weight 0",
+            "CA + mean-variance": f"{EMOJI_ONE} --dm-weight 0 --mean-variance-weight 1",
             "CA + DM": EMOJI_ONE,
         },
-        ("alignment", "coverage", "frechet", "deviation", "std@1", "std@9"),
-        lower("std@9", "CA + mean-variance", "CA alone")
-        + lower("frechet", "CA + mean-variance", "untrained", "CA alone")
-        + lower("frechet", "CA + DM", "CA + mean-variance")
-        + [(("CA + DM", "alignment"), ">", ("CA + mean-variance", "alignment"))],
-    ),
-    Claim(
-        10,
-        "Schedules: hybrid is best, then constrained, then full, then coupled",
-        "2511.22677: HPSv2.1 32.29, 31.71, 30.69, 30.61",
-        {name: f"{EMOJI_SCHEDULE} {name}" for name in ("coupled", "full", "constrained", "hybrid")},
-        ("alignment", "coverage", "frechet", "deviation"),
-        [
-            (("hybrid", "alignment"), ">", (arm, "alignment"))
-            for arm in ("constrained", "full", "coupled")
-        ]
-        + lower("frechet", "hybrid", "coupled"),
-    ),
-]
-
-
-# ----------------------------------------------------------------------------- one run
-
-CODE = ("train.py", "losses.py", "models.py", "data.py", "lab/plane.py", "lab/claims.py")
-
-
-def hash_of(*texts):
-    return hashlib.sha1(json.dumps(texts).encode()).hexdigest()[:16]
-
-
-def code_version():
-    return hash_of(*((RECIPES.parent / name).read_text(encoding="utf-8") for name in CODE))
-
-
-def run_file(out, family, flags, probe, rate, seed):
-    asked = f"{flags} | {probe}" if probe else flags
-    return out / family / f"{hash_of(Path(BASE[family][1:]).read_text(), asked, rate, seed)}.json"
-
-
-def rates_of(family, probe):
-    """A network that is not trained has no learning rate: the first stands for all."""
-    return LEARNING_RATES[family][:1] if probe == "untrained" else LEARNING_RATES[family]
-
-
-def arguments(out, family, flags, rate, seed):
-    precision = ["--dtype", "bf16"] if family == "emoji" else []
-    return [
-        BASE[family],
-        *precision,
-        *(flag.format(out=out) for flag in flags.split()),
-        "--learning-rate",
-        rate,
-        "--seed",
-        str(seed),
-    ]
-
-
-def distil(out, family, flags, probe, rate, seed):
-    """Train one arm with train.py's own iterations, measure it ten times on the way, and keep the figures. probe: "" for no more,
-    "ratio" for ratio_figures as well, "untrained" for the network before any iteration."""
-    torch.set_num_threads(1)
-    args = train.parse_arguments(arguments(out, family, flags, rate, seed))
-    load = gmm.load_model if family == "gmm" else models.load_model
-    networks, sources = train.prepare(args, load)
-    meter = {"gmm": PlaneMeter, "emoji": EmojiMeter}[family](networks, args)
-    figures, recent = {"diverged": 0.0}, {}
-    for iteration in range(0 if probe == "untrained" else args.iterations):
-        try:
-            recent |= train.iterate(networks, sources, iteration, args)
-        except fsdp.NotFinite:
-            figures["diverged"] = 1.0
-            break
-        tenth = 10 * (iteration + 1) // args.iterations
-        if tenth > 10 * iteration // args.iterations:
-            figures |= {
-                f"{name}@{tenth - 1}": value for name, value in meter.on_the_way(recent).items()
-            }
-    figures |= meter.at_the_end()
-    if probe == "ratio":
-        figures |= ratio_figures(networks, sources, args)
-    file = run_file(out, family, flags, probe, rate, seed)
-    if seed == 0:
-        meter.keep_picture(file.with_suffix(".png"))
-    row = {
-        "flags": flags,
-        "probe": probe,
-        "learning_rate": rate,
-        "seed": seed,
-        "code": code_version(),
-        "figures": figures,
-    }
-    checkpoint.replace_text(file, json.dumps(row, indent=1) + "\n")
-
-
-class PlaneMeter:
-    """Figures of a student on the plane, against what its teacher draws with guidance, without, and against the data."""
-
-    def __init__(self, networks, args):
-        self.networks, self.args, model = networks, args, networks.model
-        generator = torch.Generator().manual_seed(1_000_000 + args.seed)
-        self.label = torch.arange(SAMPLES) % gmm.LABELS
-        self.cond = {"class_labels": self.label}
-        self.noise = torch.randn(
-            args.student_steps, SAMPLES, *model.sample_shape, generator=generator
-        )
-        self.unguided = model.mixture.draw(self.label, generator)
-        self.data = model.truth.draw(self.label, generator)
-        self.target = (
-            model.target(self.label, args.guidance, generator)
-            if args.guidance != 1
-            else self.unguided
-        )
-
-    def draw(self):
-        return sample.StudentSampler(self.networks.averaged_student, self.networks.timesteps).draw(
-            self.noise, self.cond
-        )[..., 0, 0]
-
-    def measure(self, x, target):
-        figures = gmm.measure(self.networks.model.mixture, x, self.label, target)
-        return {name: value for name, value in figures.items() if name != "per_label"}
-
-    def on_the_way(self, recent):
-        return self.measure(self.draw(), self.target)
-
-    def at_the_end(self):
-        x, to_data = self.draw(), {}
-        figures = self.measure(x, self.target) | {
-            "sliced_unguided": self.measure(x, self.unguided)["sliced"]
-        }
-        for name, points in (("", x), ("_teacher", self.unguided)):
-            against = self.measure(points, self.data)
-            to_data |= {f"{figure}{name}_data": against[figure] for figure in ("kl", "sliced")}
-        return figures | to_data
-
-    def keep_picture(self, path):
-        field = gmm.direction_field(self.networks, self.args, 333)
-        x = self.draw()[:1024].clamp(-99, 99)
-        gmm.draw_panels(
-            self.networks.model.mixture,
-            [("", x, self.label[:1024], None), ("", None, None, field)],
-            path,
-        )
-
-
-def ratio_figures(networks, sources, args, catch_up=300, batches=24, batch=256):
-    """For every divergence, at the present student, which is held still while fake score and head catch up with it: variance of h
-    over its squared mean, with r as the head gives it and with r divided by its mean in its time bin; and the noise of the
-    student's gradient, sum of variances over squared norm of the mean, from batch to batch, with h as it is, with binned r, and
-    with h divided by its batch mean as well."""
-    draws = data.Draws(args.seed, 10_000_000, batch, device=networks.model.device)
-    cond = {"class_labels": torch.arange(batch) % gmm.LABELS}
-
-    def student_samples():
-        return models.few_step_sample(
-            networks.student,
-            draws.normal(*networks.model.sample_shape)[None],
-            cond,
-            networks.timesteps[:1],
-        )
-
-    T = len(networks.schedule)
-    t_in = torch.full((batch,), networks.timesteps[0])
-    for _ in range(catch_up):
-        part = train.Batch(cond, t_in, x=student_samples().detach())
-        part.t_fake = draws.integers(0, T)
-        part.eps_fake = draws.normal(*networks.model.sample_shape)
-        part.x_real, prompts = sources.real.draw(draws)
-        part.eps_real = draws.normal(*networks.model.sample_shape)
-        part.cond_real = networks.model.encode(prompts)
-        train.fake_score_step(networks, [part], args)
-    readings = []
-    for _ in range(batches):
-        x = student_samples()
-        t, _ = train.draw_levels("coupled", args.noise_levels, t_in, T, draws)
-        with torch.no_grad():
-            x_t = networks.schedule.add_noise(x, draws.normal(*x.shape[1:]), t)
-            x0_fake, logit = networks.fake_score(x_t, t, cond)
-            x0_real = networks.teacher(x_t, t, cond)
-            direction = losses.dm_direction(x0_real, x0_fake) / losses.normaliser(
-                x, x0_real, args.normaliser_floor
-            )
-        readings.append((x, direction, losses.density_ratio(logit), losses.time_bin(t, T, 10)))
-    r, time_bin = (
-        torch.cat([reading[2] for reading in readings]),
-        torch.cat([reading[3] for reading in readings]),
-    )
-    means = torch.stack([r[time_bin == k].mean() for k in range(10)])
-    figures, parameters = {}, list(networks.student.parameters())
-    for name, h_of in losses.DIVERGENCES.items():
-        for stage, all_h in (("raw", h_of(r)), ("binned", h_of(r / means[time_bin]))):
-            figures[f"var h {stage} {name}"] = (all_h.var() / all_h.mean() ** 2).item()
-        for stage in ("raw", "binned", "both"):
-            gradients = []
-            for x, direction, ratio, k in readings:
-                h = h_of(ratio if stage == "raw" else ratio / means[k])
-                h = h / h.mean() if stage == "both" else h
-                gradient = torch.autograd.grad(
-                    x,
-                    parameters,
-                    h.view(-1, 1, 1, 1) * direction / x.numel(),
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                gradients.append(
-                    torch.cat([part.flatten() for part in gradient if part is not None])
-                )
-            gradients = torch.stack(gradients)
-            figures[f"grad noise {stage} {name}"] = (
-                gradients.var(0).sum() / gradients.mean(0).square().sum()
-            ).item()
-    return figures
-
-
-class EmojiMeter:
-    """eval.py's figures, on fewer samples: 100 captions, and 32 samples of each word."""
-
-    def __init__(self, networks, args):
-        self.networks, self.args, self.judge = networks, args, EmojiJudge()
-        chosen = torch.randperm(
-            len(self.judge.captions), generator=torch.Generator().manual_seed(args.seed)
-        )[:100]
-        self.prompts = [self.judge.captions[i] for i in chosen]
-        self.row = sample.StudentSampler(networks.averaged_student, networks.timesteps)
-
-    def on_the_way(self, recent):
-        return {name: recent[name].item() for name in ("std", "gap")}
-
-    def at_the_end(self):
-        model, seed = self.networks.model, self.args.seed
-        prompts = self.prompts + [
-            word for word in evaluation.COVERAGE_WORDS for _ in range(metrics.COVERAGE_SAMPLES)
-        ]
-        noise = sample.column_noise(model, len(prompts), self.args.student_steps, seed)
-        images = model.decode(sample.draw_in_batches(self.row, noise, model.encode(prompts), 50))
-        judged = self.judge(images, {"whole": images}, prompts) | Gauges()(
-            images, {"whole": images}, prompts
-        )
-        features = self.judge.reference()
-        reference = {"layout": {"gaussian": metrics.Gaussian.of(features)}}
-        figures = metrics.metrics_of(
-            judged, prompts, len(self.prompts), reference, self.judge, seed
-        )
-        return {name: figure.value for name, figure in figures.items()}
-
-    def keep_picture(self, path):
-        model = self.networks.model
-        noise = sample.column_noise(
-            model, len(sample.PROMPTS), self.args.student_steps, self.args.seed
-        )
-        images = model.decode(self.row.draw(noise, model.encode(sample.PROMPTS)))
-        strip = (torch.cat(list(images), 2).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-        pictures.save(Image.fromarray(strip), path)
-
-
-# ----------------------------------------------------------------------------- what came of it
-
-# Two-sided 5 % points of Student's t for 1, 2, ... degrees of freedom.
-T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-
-
-def figures_of(out, family, run, seeds):
-    """{learning rate: [figures of seed 0, 1, ...]} of one arm, the best of the rates, and how many are of another version of the
-    code."""
-    rows = {
-        rate: [
-            json.loads(run_file(out, family, *run, rate, seed).read_text()) for seed in range(seeds)
-        ]
-        for rate in rates_of(family, run[1])
-    }
-    stale = sum(row.get("code") != code_version() for own in rows.values() for row in own)
-    by_rate = {
-        rate: [row["figures"] for row in rows.get(rate) or next(iter(rows.values()))]
-        for rate in LEARNING_RATES[family]
-    }
-    return (
-        by_rate,
-        min(
-            by_rate,
-            key=lambda rate: statistics.fmean(
-                figures[JUDGED_BY[family]] for figures in by_rate[rate]
-            ),
+        metrics=(*EMOJI_METRICS, "std@1", "std@9"),
+        expected=(
+            "std@9: CA + mean-variance < CA alone",
+            "frechet: CA + mean-variance < untrained",
+            "frechet: CA + mean-variance < CA alone",
+            "frechet: CA + DM < CA + mean-variance",
+            "alignment: CA + DM > CA + mean-variance",
         ),
-        stale,
-    )
+    ),
+)
 
 
-def judge(claim, arms):
-    """{expectation: "yes", "opposite" or "not resolved"} for arms: name -> [figures of seed 0, 1, ...]: the first two where the mean
-    difference, seed by seed, is beyond Student's 95 % interval. A figure that a run did not live to see counts as not resolved."""
-    verdicts = {}
-    for (arm_a, figure_a), sign, (arm_b, figure_b) in claim.expected:
-        sentence = (
-            f"{arm_a}: {figure_a} {sign} {figure_b}"
-            if arm_a == arm_b
-            else f"{figure_a}: {arm_a} {sign} {arm_b}"
-        )
-        difference = [
-            a[figure_a] - b[figure_b]
-            for a, b in zip(arms[arm_a], arms[arm_b])
-            if figure_a in a and figure_b in b
-        ]
-        verdicts[sentence] = "not resolved"
-        if len(difference) > 1:
-            mean, error = gmm.mean_and_error(difference)
-            if abs(mean) > T_QUANTILES[min(len(difference) - 2, len(T_QUANTILES) - 1)] * error:
-                verdicts[sentence] = "yes" if (mean < 0) == (sign == "<") else "opposite"
-    return verdicts
+# ----------------------------------------------------------------------------- verdicts
+
+
+class Arm:
+    """An arm's finished runs. rows: {learning rate: [metrics of seed 0, 1, ...]}."""
+
+    def __init__(self, out, trial, seeds):
+        world = WORLDS[trial.world]
+        self.rows, self.stale = {}, 0
+        for rate in trial.rates():
+            files = [trial.file(out, rate, seed) for seed in range(seeds)]
+            runs = [json.loads(file.read_text()) for file in files]
+            self.rows[rate] = [run["metrics"] for run in runs]
+            self.stale += sum(run["code"] != code_version() for run in runs)
+        only = next(iter(self.rows.values()))
+        for rate in world.learning_rates:  # the untrained network is the same at each
+            self.rows.setdefault(rate, only)
+        means = {}
+        for rate, rows in self.rows.items():
+            means[rate] = statistics.fmean(row[world.chosen_by] for row in rows)
+        self.best = min(means, key=means.get)
+
+
+def compared(expectation, rows):
+    """[(left, right) of each seed] of an expectation, its sign. rows: {arm: [metrics, ...]}. A metric
+    that a run did not live to see is left out."""
+    first, comparison = expectation.split(": ", 1)
+    sign = "<" if " < " in comparison else ">"
+    left, right = comparison.split(f" {sign} ")
+    sides = ((left, first), (right, first))  # "METRIC: ARM < ARM"
+    if first in rows:
+        sides = ((first, left), (first, right))  # "ARM: METRIC < METRIC"
+    values = []
+    for arm, metric in sides:
+        if arm == UNTRAINED:  # at each tenth what it is at the end
+            metric = metric.split("@")[0]
+        values.append([row.get(metric) for row in rows[arm]])
+    return [pair for pair in zip(*values) if None not in pair], sign
+
+
+def verdict(expectation, rows):
+    """yes, opposite or not resolved"""
+    pairs, sign = compared(expectation, rows)
+    if len(pairs) < 2:
+        return "not resolved"
+    mean, error = plane.mean_and_error([left - right for left, right in pairs])
+    if abs(mean) <= T_QUANTILES[min(len(pairs) - 2, len(T_QUANTILES) - 1)] * error:
+        return "not resolved"
+    return "yes" if (mean < 0) == (sign == "<") else "opposite"
 
 
 def in_words(verdicts):
-    """ "yes" where every expectation holds, else how many do, are the opposite, or are not resolved."""
-    found = list(verdicts.values())
-    counts = {
-        word: found.count(word) for word in ("yes", "opposite", "not resolved") if word in found
-    }
-    return (
-        next(iter(counts))
-        if len(counts) == 1
-        else ", ".join(f"{count} {word}" for word, count in counts.items())
-    )
+    """One word where all agree, else how many there are of each."""
+    words = [word for word in ("yes", "opposite", "not resolved") if word in verdicts]
+    if len(words) == 1:
+        return words[0]
+    return ", ".join(f"{verdicts.count(word)} {word}" for word in words)
 
 
-def cell(rows, figure):
-    values = [row[figure] for row in rows if figure in row]
-    return "{:.3g} ± {:.2g}".format(*gmm.mean_and_error(values)) if values else "-"
+# ----------------------------------------------------------------------------- the report
 
 
-def report(out, family, claims, seeds, more_flags, where):
-    """A table of the claims, then one of the arms for each, and the claims' pictures."""
-    rates, stale = LEARNING_RATES[family], 0
-    headers = ["at the best rates"] + [f"all at {rate}" for rate in rates if len(rates) > 1]
-    summary = [
-        f"| | claim | the paper | measured, mean ± standard error over {seeds} seeds | reproduced {' | '.join(headers)} | command |",
-        "|" + "---|" * (5 + len(headers)),
-    ]
-    details = []
+def cell(rows, metric):
+    values = [row[metric] for row in rows if metric in row]
+    if not values:
+        return "-"
+    mean, error = plane.mean_and_error(values)
+    return f"{mean:.3g} ± {error:.2g}"
+
+
+def table_row(*cells):
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table_head(*cells):
+    return [table_row(*cells), "|" + "---|" * len(cells)]
+
+
+def verdict_columns(claim, arms):
+    """{title: [verdict of each expectation]}, at the arms' best rates and at each."""
+    rates = WORLDS[claim.world].learning_rates
+    chosen = {"at the best rates": {name: arm.rows[arm.best] for name, arm in arms.items()}}
+    for rate in rates if len(rates) > 1 else ():
+        chosen[f"all at {rate}"] = {name: arm.rows[rate] for name, arm in arms.items()}
+    columns = {}
+    for title, rows in chosen.items():
+        columns[title] = [verdict(expectation, rows) for expectation in claim.expected]
+    return columns
+
+
+def summary_row(claim, arms, columns):
+    metric, measured = claim.metrics[0], []
+    for name, arm in arms.items():
+        if metric in arm.rows[arm.best][0]:
+            measured.append(f"{name}: {cell(arm.rows[arm.best], metric)}")
+    world = "" if claim.world == "plane" else f" --world {claim.world}"
+    command = f"`python -m lab.claims --claim {claim.number}{world}`"
+    verdicts = map(in_words, columns.values())
+    measured = f"{metric} {'; '.join(measured)}"
+    return table_row(claim.number, claim.title, claim.paper, measured, *verdicts, command)
+
+
+def details(claim, arms, columns):
+    """Lines: every arm at every rate, and what was expected."""
+    lines = ["", f"### Claim {claim.number}: {claim.title}", ""]
+    lines += table_head("arm", "rate", *claim.metrics)
+    for name, arm in arms.items():
+        for rate, rows in arm.rows.items():
+            label = f"**{rate}**" if rate == arm.best else rate
+            if name == UNTRAINED:
+                label = ""
+            lost = sum(row["diverged"] for row in rows)
+            label += f", {lost:.0f} diverged" if lost else ""
+            if name != UNTRAINED or rate == arm.best:
+                lines.append(table_row(name, label, *(cell(rows, m) for m in claim.metrics)))
+    lines += ["", *table_head("expected", *columns)]
+    for i, expectation in enumerate(claim.expected):
+        lines.append(table_row(expectation, *(verdicts[i] for verdicts in columns.values())))
+    return lines
+
+
+def report(out, claims, seeds, more_flags, folder):
+    """Print the table of the claims; write it, the arms of each and their images to the folder."""
+    summary, more, stale = [], [], 0
     for claim in claims:
-        arms = {}
-        for name, run in claim.runs(more_flags).items():
-            *arms[name], old = figures_of(out, family, run, seeds)
-            stale += old
-        judged = [judge(claim, {name: by_rate[best] for name, (by_rate, best) in arms.items()})]
-        judged += [
-            judge(claim, {name: by_rate[rate] for name, (by_rate, _) in arms.items()})
-            for rate in rates
-            if len(rates) > 1
-        ]
-        measured = "; ".join(
-            f"{name}: {cell(by_rate[best], claim.shown[0])}"
-            for name, (by_rate, best) in arms.items()
-            if claim.shown[0] in by_rate[best][0]
-        )
-        command = f"`python -m lab.claims --claim {claim.number}{'' if family == 'gmm' else f' --family {family}'}`"
-        summary.append(
-            f"| {claim.number} | {claim.title} | {claim.paper} | {claim.shown[0]} {measured} | {' | '.join(map(in_words, judged))} | {command} |"
-        )
-
-        details += [
-            "",
-            f"### Claim {claim.number}: {claim.title}",
-            "",
-            f"| arm | rate | {' | '.join(claim.shown)} |",
-            "|---|" + "---|" * (1 + len(claim.shown)),
-        ]
-        for name, (by_rate, best) in arms.items():
-            for rate, rows in by_rate.items():
-                lost = sum(row["diverged"] for row in rows)
-                label = "" if name == "untrained" else f"**{rate}**" if rate == best else rate
-                if name != "untrained" or rate == best:
-                    details.append(
-                        f"| {name} | {label}{f', {lost:.0f} diverged' if lost else ''} | "
-                        + " | ".join(cell(rows, figure) for figure in claim.shown)
-                        + " |"
-                    )
-        details += ["", f"| expected | {' | '.join(headers)} |", "|---|" + "---|" * len(headers)]
-        details += [
-            f"| {sentence} | " + " | ".join(verdicts[sentence] for verdicts in judged) + " |"
-            for sentence in judged[0]
-        ]
-        draw_claim(out, family, claim, more_flags, where)
-    text = "\n".join(summary + details) + "\n"
-    checkpoint.replace_text(where / f"{family}.md", text)
+        trials = claim.trials(more_flags)
+        arms = {name: Arm(out, trial, seeds) for name, trial in trials.items()}
+        columns = verdict_columns(claim, arms)
+        if not summary:
+            measured = f"measured, mean ± standard error over {seeds} seeds"
+            reproduced = [f"reproduced {title}" for title in columns]
+            summary = table_head("", "claim", "the paper", measured, *reproduced, "command")
+        summary.append(summary_row(claim, arms, columns))
+        more += details(claim, arms, columns)
+        stale += sum(arm.stale for arm in arms.values())
+        draw_claim(out, claim, trials, folder)
     print("\n".join(summary))
+    world = claims[0].world
     if stale:
         print(
-            f"note: {stale} of these runs were made by another version of the code; delete {out / family} to make them again"
+            f"note: {stale} runs are of another version of the code; delete {out / world} to redo"
         )
-    print(f"table: {where / family}.md, images beside it")
+    checkpoint.replace_text(folder / f"{world}.md", "\n".join(summary + more) + "\n")
+    print(f"table: {folder / world}.md, images beside it")
 
 
-def draw_claim(out, family, claim, more_flags, where):
-    """One row an arm, one column a learning rate, from the pictures that the runs of seed 0 kept."""
-    left, top, rates = 180, 26, LEARNING_RATES[family]
-    runs = claim.runs(more_flags)
-    strips = {
-        (name, rate): Image.open(run_file(out, family, *run, rate, 0).with_suffix(".png"))
-        for name, run in runs.items()
-        for rate in rates_of(family, run[1])
-    }
-    width, height = next(iter(strips.values())).size
-    sheet = Image.new(
-        "RGB", (left + (width + 12) * len(rates), top + (height + 6) * len(runs)), "white"
-    )
-    for j, rate in enumerate(rates):
-        pictures.write_text(sheet, f"learning rate {rate}", (left + j * (width + 12), top // 2))
-        for k, name in enumerate(runs):
-            if (name, rate) in strips:
-                sheet.paste(strips[name, rate], (left + j * (width + 12), top + k * (height + 6)))
-            pictures.write_text(sheet, name, (8, top + k * (height + 6) + height // 2))
-    pictures.save(sheet, where / f"{family}-{claim.number}.png")
+def draw_claim(out, claim, trials, folder):
+    """A row for each arm, a column for each learning rate: the images of seed 0."""
+    left, top, rates = 180, 26, WORLDS[claim.world].learning_rates
+    tiles = {}
+    for j, name in enumerate(trials):
+        for i, rate in enumerate(trials[name].rates()):
+            tiles[i, j] = Image.open(trials[name].file(out, rate, 0).with_suffix(".png"))
+    width, height = tiles[0, 0].width + 12, tiles[0, 0].height + 6
+    size = (left + width * len(rates), top + height * len(trials))
+    sheet = Image.new("RGB", size, "white")
+    for (i, j), tile in tiles.items():
+        sheet.paste(tile, (left + i * width, top + j * height))
+    for i, rate in enumerate(rates):
+        pictures.write_text(sheet, f"learning rate {rate}", (left + i * width, top // 2))
+    for j, name in enumerate(trials):
+        pictures.write_text(sheet, name, (8, top + j * height + height // 2))
+    pictures.save(sheet, folder / f"{claim.world}-{claim.number}.png")
 
 
 # ----------------------------------------------------------------------------- command line
@@ -733,94 +528,87 @@ def draw_claim(out, family, claim, more_flags, where):
 
 def parse_arguments(arguments=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("--family", choices=CLAIMS, default="gmm")
-    parser.add_argument("--claim", type=cli.positive, nargs="+", metavar="N", help="(default: all)")
-    parser.add_argument("--seeds", type=cli.positive, help="(default: 5; 3 for emoji)")
-    parser.add_argument(
-        "--iterations",
-        type=cli.positive,
-        help="of every run, for a quick look (default: the recipe's)",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=cli.positive,
-        default=multiprocessing.cpu_count(),
-        help="runs at a time, one core each",
-    )
-    parser.add_argument("--out", default="runs/laboratory", metavar="DIR")
-    parser.add_argument(
-        "--list",
-        action="store_true",
-        help="print the claims and the flags of their arms, and run nothing",
-    )
+    add = parser.add_argument
+    add("--world", choices=WORLDS, default="plane", help="the teacher that claims are tried on")
+    add("--claim", type=cli.positive, nargs="+", metavar="N", help="(default: all)")
+    add("--seeds", type=cli.positive, help="(default: 5; 3 for emoji)")
+    add("--iterations", type=cli.positive, help="of every run, for a quick look")
+    jobs = multiprocessing.cpu_count()
+    add("--jobs", type=cli.positive, default=jobs, help="runs at a time, one core each")
+    add("--out", default="runs/laboratory", metavar="DIR")
+    add("--list", action="store_true", help="print claims and arms, and run nothing")
     args = parser.parse_args(arguments)
-    known = [claim.number for claim in CLAIMS[args.family]]
+    known = [claim.number for claim in CLAIMS if claim.world == args.world]
     for number in args.claim or ():
         if number not in known:
-            parser.error(
-                f"there is no claim {number} for {args.family}; there are {', '.join(map(str, known))}"
-            )
-    args.seeds = args.seeds or SEEDS[args.family]
+            listed = ", ".join(map(str, known))
+            parser.error(f"there is no claim {number} for {args.world}; there are {listed}")
+    args.seeds = args.seeds or WORLDS[args.world].seeds
     return args
 
 
-def list_claims(args, claims, more_flags):
-    """Every arm as a command of train.py, at the first learning rate and seed 0."""
+def list_claims(claims, out):
+    """Every arm as a command, at the first learning rate and seed 0."""
     for claim in claims:
+        world = WORLDS[claim.world]
+        program = "-m lab.plane"
+        if claim.world != "plane":
+            program = f"train.py @recipes/{world.recipe.name}"
         print(f"{claim.number}. {claim.title} ({claim.paper})")
-        for name, (flags, probe) in claim.runs(more_flags).items():
-            if probe != "untrained":
-                words = arguments(args.out, args.family, flags, LEARNING_RATES[args.family][0], 0)
-                program = (
-                    "-m lab.plane"
-                    if args.family == "gmm"
-                    else f"train.py @recipes/{Path(words[0]).name}"
-                )
-                print(f"     {name}: python {program} {' '.join(words[1:])} --out runs/trial")
+        for name in claim.arms:
+            trial = claim.trials()[name]
+            words = trial.arguments(out, world.learning_rates[0], "0")[1:]
+            print(f"     {name}: python {program} {' '.join(words)} --out runs/trial")
 
 
-def main(arguments=None):
-    args = parse_arguments(arguments)
-    out, more_flags = Path(args.out), f"--iterations {args.iterations}" if args.iterations else ""
-    claims = [
-        claim for claim in CLAIMS[args.family] if not args.claim or claim.number in args.claim
-    ]
-    if args.list:
-        return list_claims(args, claims, more_flags)
-    checkpoint.make_writable(out / args.family)
-    if any("{out}/pairs" in flags for claim in claims for flags in claim.arms.values()):
-        options = dict(prompts=None, count=4096, steps=50, guidance=1.0, seed=0)
-        data.make_pairs(out / "pairs", options, gmm.PlaneModel("gmm"))
-    runs = dict.fromkeys(
-        (*run, rate, seed)
-        for seed in range(args.seeds)
-        for claim in claims
-        for run in claim.runs(more_flags).values()
-        for rate in rates_of(args.family, run[1])
-    )
-    todo = [run for run in runs if not run_file(out, args.family, *run).is_file()]
-    pool = ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"))
+def run_trials(out, trials, seeds, jobs):
+    """All that have not run yet, several at a time."""
+    runs = {}
+    for seed in range(seeds):
+        for trial in trials:
+            for rate in trial.rates():
+                runs[trial.file(out, rate, seed)] = (trial, rate, seed)
+    todo = [run for file, run in runs.items() if not file.is_file()]
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     try:
-        futures = [pool.submit(distil, out, args.family, *run) for run in todo]
-        for future in tqdm(
-            as_completed(futures), initial=len(runs) - len(todo), total=len(runs), unit="run"
-        ):
-            future.result()
+        futures = [pool.submit(run_trial, out, *run) for run in todo]
+        with tqdm(initial=len(runs) - len(todo), total=len(runs), unit="run") as bar:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
     except KeyboardInterrupt:
         pool.shutdown(wait=False, cancel_futures=True)
         raise UserError(
             "interrupted; the finished runs are kept, and the same command goes on with the rest"
         ) from None
     pool.shutdown()
-    # A quick look or a part of the claims gets a table of its own, so as not to replace that of the whole.
-    parts = [
-        f"claims-{'-'.join(map(str, args.claim))}" if args.claim else "",
-        f"iterations-{args.iterations}" if args.iterations else "",
-        f"seeds-{args.seeds}" if args.seeds != SEEDS[args.family] else "",
-    ]
-    where = out.joinpath("-".join(part for part in parts if part))
-    where.mkdir(exist_ok=True)
-    report(out, args.family, claims, args.seeds, more_flags, where)
+
+
+def main(arguments=None):
+    args = parse_arguments(arguments)
+    out = Path(args.out)
+    claims = [claim for claim in CLAIMS if claim.world == args.world]
+    claims = [claim for claim in claims if not args.claim or claim.number in args.claim]
+    if args.list:
+        return list_claims(claims, out)
+    more_flags = f"--iterations {args.iterations}" if args.iterations else ""
+    checkpoint.make_writable(out / args.world)
+    trials = [trial for claim in claims for trial in claim.trials(more_flags).values()]
+    if any("{out}/pairs" in trial.flags for trial in trials):
+        options = dict(prompts=None, count=4096, steps=50, guidance=1.0, seed=0)
+        data.make_pairs(out / "pairs", options, plane.PlaneModel("gmm"))
+    run_trials(out, trials, args.seeds, args.jobs)
+    # A quick look, or a part of the claims, does not replace the table of all.
+    parts = []
+    if args.claim:
+        parts.append("claims-" + "-".join(map(str, args.claim)))
+    if args.iterations:
+        parts.append(f"iterations-{args.iterations}")
+    if args.seeds != WORLDS[args.world].seeds:
+        parts.append(f"seeds-{args.seeds}")
+    folder = out / "-".join(parts)
+    folder.mkdir(exist_ok=True)
+    report(out, claims, args.seeds, more_flags, folder)
 
 
 if __name__ == "__main__":

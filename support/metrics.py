@@ -10,6 +10,7 @@ import torch
 from support.cli import UserError
 from support.judges.inception import import_fidelity
 
+COVERAGE_WORDS = ("cat", "heart", "moon")  # prompts that many images of the embedded set fit
 COVERAGE_SAMPLES, COVERAGE_REPEATS = 32, 3
 DRAWS = 20  # of a bootstrap
 GAUGES = ("mean", "deviation", "saturation")

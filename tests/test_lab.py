@@ -34,7 +34,7 @@ def test_exact_samples_measure_well_and_wrong_ones_do_not(plane_model):
 def run_claims(tmp_path, *numbers):
     flags = ["--seeds", "1", "--iterations", "2", "--jobs", "1", "--out", str(tmp_path)]
     claims.main([*flags, "--claim", *map(str, numbers)])
-    (table,) = tmp_path.rglob("gmm.md")
+    (table,) = tmp_path.rglob("plane.md")
     assert all(f"### Claim {number}:" in table.read_text() for number in numbers)
 
 
@@ -45,12 +45,12 @@ def test_claims_run_with_their_probes(tmp_path):
 
 @pytest.mark.slow
 def test_every_claim_of_the_plane_runs(tmp_path):
-    run_claims(tmp_path, *(claim.number for claim in claims.CLAIMS["gmm"]))
+    run_claims(tmp_path, *(claim.number for claim in claims.CLAIMS if claim.world == "plane"))
 
 
 @pytest.mark.slow
 def test_every_claim_of_the_embedded_teacher_runs(tmp_path):
-    flags = ["--family", "emoji", "--seeds", "1", "--iterations", "1", "--jobs", "2"]
+    flags = ["--world", "emoji", "--seeds", "1", "--iterations", "1", "--jobs", "2"]
     claims.main([*flags, "--out", str(tmp_path)])
     (table,) = tmp_path.rglob("emoji.md")
     assert "### Claim 11:" in table.read_text()
