@@ -8,12 +8,8 @@ A pair is noise and what the teacher's deterministic sampler makes of it. A fold
 captions in metadata.jsonl (lines with file_name and text) or in a .txt beside each image. Both
 kinds lie in shards with checksums, the command goes on where it was interrupted, and under torchrun
 the shards are shared out.
-
-The embedded data set is OpenMoji (CC BY-SA 4.0): 1,453 drawings, whose captions are the Unicode
-names of their code points. lab/openmoji.py made its files in assets/.
 """
 
-import functools
 import math
 from pathlib import Path
 
@@ -24,13 +20,11 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 
 import fsdp
 import models
 from models import ASSETS
-from support import images, shards
+from support import embedded, images, shards
 from support.cli import UserError
 from support.lmdb_data import Lmdb
 from support.prompt_files import read_prompts
@@ -39,13 +33,6 @@ from support.weights import fingerprint
 
 # Names for --model.
 EMBEDDED = {"emoji": ASSETS / "emoji_teacher", "emoji-classes": ASSETS / "emoji_classes"}
-# A class of the class-conditional teacher is the first of these words that a caption has.
-EMOJI_CLASSES = (
-    *("clock", "moon", "heart", "hand", "arrow"),
-    *("letter", "chess", "cat", "person", "face"),
-)
-CLASS_WIDTH = 0.5  # of its images' shifts and scales, see shift_and_scale
-SHEET_COLUMNS = 40
 
 
 def model_path(name):
@@ -103,24 +90,6 @@ class Draws:
 
 # ----------------------------------------------------------------------------- prompts
 
-MAX_WORDS = 32  # of a caption
-
-
-def drop_words(caption, u, empty=0.0):
-    """One training prompt from a full caption and 2 + MAX_WORDS uniform numbers u.
-
-    A share `empty` of prompts has no word, which trains the unconditional branch that guidance
-    needs. 20 % lack some words, so that "cat" alone is a prompt too. The rest is in full.
-    """
-    if u[0] < empty:
-        return ""
-    if u[0] >= empty + 0.20:
-        return caption
-    words = caption.split()
-    stays = int(u[1] * len(words))
-    kept = [word for i, word in enumerate(words) if i == stays or u[2 + i] < 0.5]
-    return " ".join(kept)
-
 
 class Prompts:
     """What a student is trained on: full prompts, or, with `vary`, some that lack words."""
@@ -135,8 +104,8 @@ class Prompts:
     def pick(self, index, draws):
         texts = [self.texts[i] for i in index]
         if self.vary:
-            u = draws.uniform(2 + MAX_WORDS).tolist()
-            texts = [drop_words(text, u_i) for text, u_i in zip(texts, u)]
+            u = draws.uniform(2 + embedded.MAX_WORDS).tolist()
+            texts = [embedded.drop_words(text, u_i) for text, u_i in zip(texts, u)]
         return texts
 
 
@@ -146,54 +115,10 @@ def training_prompts(path, model):
         return Prompts(read_prompts(path))
     if model.prompts:
         return Prompts(model.prompts)
-    return Prompts(emoji_captions(), vary=True)
+    return Prompts(embedded.captions(), vary=True)
 
 
 # ----------------------------------------------------------------------------- the embedded set
-
-
-@functools.cache
-def emoji_captions():
-    lines = (ASSETS / "emoji_captions.txt").read_text(encoding="utf-8").splitlines()
-    return [line.split(maxsplit=1)[1] for line in lines]
-
-
-@functools.cache
-def emoji_classes():
-    """[[index into emoji_captions(), ...] of each class]"""
-    groups = {name: [] for name in EMOJI_CLASSES}
-    for i, caption in enumerate(emoji_captions()):
-        words = set(caption.split())
-        name = next((name for name in EMOJI_CLASSES if name in words), None)
-        if name:
-            groups[name].append(i)
-    return list(groups.values())
-
-
-@functools.cache
-def emoji_images(size):
-    """All images of the embedded set, uint8 (N, 3, size, size), size 128 or 32, in the order of
-    emoji_captions(). Kept: do not change them."""
-    with Image.open(ASSETS / f"emoji_{size}.webp") as file:
-        sheet = torch.from_numpy(np.asarray(file.convert("RGB")).copy())
-    rows = sheet.shape[0] // size
-    tiles = sheet.view(rows, size, SHEET_COLUMNS, size, 3).permute(0, 2, 4, 1, 3)
-    return tiles.reshape(-1, 3, size, size)[: len(emoji_captions())].contiguous()
-
-
-def shift_and_scale(pictures, generator, width=1.0):
-    """uint8 (B, 3, 2S, 2S) -> (B, 3, S, S) in [-1, 1], each shrunk by up to a quarter and moved by
-    up to 5 of 64 pixels, both times `width`. So a caption has many right images, and their mean,
-    which one step of an undistilled network shows, is a blur."""
-    batch, _, size, _ = pictures.shape
-    scale = 1 / (1 - 0.25 * width * torch.rand(batch, generator=generator))
-    shift = (2 * torch.rand(batch, 2, generator=generator) - 1) * width * 5 / 32
-    theta = torch.zeros(batch, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = scale
-    theta[:, :, 2] = shift
-    grid = F.affine_grid(theta, (batch, 3, size // 2, size // 2), align_corners=False)
-    # Negated, so that the zeros that grid_sample pads with are white.
-    return 1 - 2 * F.grid_sample(1 - pictures.float() / 255, grid, align_corners=False)
 
 
 class EmbeddedImages:
@@ -207,12 +132,12 @@ class EmbeddedImages:
     def __init__(self, model, groups, views, width=1.0):
         need_encoder(model)
         self.model, self.groups, self.views, self.width = model, groups, views, width
-        self.images = emoji_images(2 * model.image_size)
+        self.images = embedded.images(2 * model.image_size)
         self.count = sum(map(len, groups)) * views
         self.digests = []  # its files belong to the repository
         self.known = torch.zeros(len(self.images) * views, dtype=torch.bool)
         self.x = torch.zeros(len(self.known), *model.sample_shape, device=model.device)
-        self.captions = Prompts(emoji_captions(), vary=True)
+        self.captions = Prompts(embedded.captions(), vary=True)
 
     def view(self, u):
         """One view's index from a number in [0, 1)."""
@@ -227,7 +152,7 @@ class EmbeddedImages:
         for i in view[~self.known[view]].tolist():  # one at a time, so that rounding is the same
             image = self.images[i // self.views, None]
             generator = torch.Generator().manual_seed(mix_seed(i, 0))
-            moved = shift_and_scale(image, generator, self.width)
+            moved = embedded.shift_and_scale(image, generator, self.width)
             self.x[i] = self.model.encode_images(moved)[0]
             self.known[i] = True
         return self.x[view], self.prompts((view // self.views).tolist(), draws)
@@ -240,7 +165,7 @@ class EmbeddedClasses(EmbeddedImages):
     """The same for the class-conditional teacher: classes equally often."""
 
     def __init__(self, model):
-        super().__init__(model, emoji_classes(), views=16, width=CLASS_WIDTH)
+        super().__init__(model, embedded.classes(), views=16, width=embedded.CLASS_WIDTH)
         self.label = {}
         for number, group in enumerate(self.groups):
             self.label |= dict.fromkeys(group, str(number))
@@ -276,7 +201,7 @@ def own_real_data(model):
         return own
     place = Path(model.name).resolve()
     if place == EMBEDDED["emoji"]:
-        return EmbeddedImages(model, [range(len(emoji_captions()))], views=4)
+        return EmbeddedImages(model, [range(len(embedded.captions()))], views=4)
     if place == EMBEDDED["emoji-classes"]:
         return EmbeddedClasses(model)
     raise UserError(

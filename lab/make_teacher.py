@@ -42,7 +42,7 @@ import data
 import losses
 import models
 from models import FAMILIES
-from support import checkpoint, cli, edm
+from support import checkpoint, cli, edm, embedded
 
 LEARNING_RATE = 1e-3
 LATENT_NOISE = 0.1  # deviation of the noise on the latents while the autoencoder trains
@@ -53,7 +53,7 @@ CLASS_UNET = dict(
     channels=(32, 64, 128),
     layers=1,
     attends=(False, False, True),
-    labels=len(data.EMOJI_CLASSES),
+    labels=len(embedded.CLASSES),
 )
 
 
@@ -126,7 +126,7 @@ def train(stage, iterations, modules, loss_of, args, average=None):
 
 def reconstruction_loss(generator, encode, decoder, images, args):
     index = torch.randint(len(images), (args.batch_size // 2,), generator=generator)
-    x = data.shift_and_scale(images[index], generator)  # (B, 3, 64, 64)
+    x = embedded.shift_and_scale(images[index], generator)  # (B, 3, 64, 64)
     x = x.to(args.device, memory_format=torch.channels_last)
     z = encode(x)  # (B, 8, 8, 8)
     z = z + LATENT_NOISE * torch.randn(z.shape, generator=generator).to(z)
@@ -181,7 +181,7 @@ def make_latents(vae, images, width, views, args):
         generator = torch.Generator().manual_seed(args.seed + 1)
         latents = []
         for _ in tqdm(range(views), desc=f"latents, width {width:g}"):
-            x = data.shift_and_scale(images, generator, width)
+            x = embedded.shift_and_scale(images, generator, width)
             x = x.to(memory_format=torch.channels_last)
             parts = [vae.encoder(part.to(args.device)).cpu() for part in x.split(64)]
             latents.append(torch.cat(parts))
@@ -272,9 +272,9 @@ def denoiser_loss(generator, networks, schedule, latents, captions, tokenizer, a
     x0 = latents[view, index]  # (B, 8, 8, 8)
     eps = torch.randn(x0.shape, generator=generator)
     x_t = schedule.add_noise(x0, eps, t)
-    u = torch.rand(args.batch_size, 2 + data.MAX_WORDS, generator=generator).tolist()
+    u = torch.rand(args.batch_size, 2 + embedded.MAX_WORDS, generator=generator).tolist()
     texts = [captions[i] for i in index.tolist()]
-    prompts = [data.drop_words(text, u_i, empty=0.10) for text, u_i in zip(texts, u)]
+    prompts = [embedded.drop_words(text, u_i, empty=0.10) for text, u_i in zip(texts, u)]
     options = dict(padding="max_length", truncation=True, max_length=MAX_TOKENS)
     tokens = tokenizer(prompts, return_tensors="pt", **options).input_ids
     text = networks["text_encoder"](tokens.to(args.device)).last_hidden_state  # (B, tokens, 128)
@@ -318,8 +318,8 @@ def make_denoiser(vae, images, captions, tokenizer, args):
 
 
 def make_text_teacher(out, work, args):
-    captions = data.emoji_captions()[: args.limit]
-    images = data.emoji_images(128)[: args.limit]  # twice as large as needed, for clean shifts
+    captions = embedded.captions()[: args.limit]
+    images = embedded.images(128)[: args.limit]  # twice as large as needed, for clean shifts
     vae = make_autoencoder(images, args)
     tokenizer = make_tokenizer(captions, work / "tokenizer")
     text_encoder, unet, scheduler = make_denoiser(vae, images, captions, tokenizer, args)
@@ -347,7 +347,7 @@ def class_loss(generator, network, images, groups, args):
     for label, u_i in zip(labels.tolist(), u):
         group = groups[label][: args.limit]
         index.append(group[int(u_i * len(group))])
-    x0 = data.shift_and_scale(images[index], generator, data.CLASS_WIDTH).to(args.device)
+    x0 = embedded.shift_and_scale(images[index], generator, embedded.CLASS_WIDTH).to(args.device)
     sigma = (1.2 * torch.randn(args.batch_size, generator=generator) - 1.2).exp().to(args.device)
     eps = torch.randn(x0.shape, generator=generator).to(args.device)
     levels = models.Schedule(torch.ones_like(sigma), sigma, sigma.log() / 4)  # one for each sample
@@ -364,7 +364,7 @@ def make_class_teacher(out, work, args):
     network = edm.prepare_network(UNet2DModel(**edm.unet_options(**CLASS_UNET))).to(args.device)
     networks = torch.nn.ModuleDict({"unet": network})
     average = average_of(networks)
-    images, groups = data.emoji_images(2 * CLASS_UNET["size"]), data.emoji_classes()
+    images, groups = embedded.images(2 * CLASS_UNET["size"]), embedded.classes()
     loss_of = functools.partial(
         class_loss, network=network, images=images, groups=groups, args=args
     )
@@ -374,7 +374,7 @@ def make_class_teacher(out, work, args):
         unet = average.module["unet"].eval()
         unet.class_embedding.weight.data[-1] = 0  # no label, never trained: EDM's adds nothing then
         unet.half().save_pretrained(folder)
-        (folder / "labels.txt").write_text("".join(f"{name}\n" for name in data.EMOJI_CLASSES))
+        (folder / "labels.txt").write_text("".join(f"{name}\n" for name in embedded.CLASSES))
 
     checkpoint.replace_folder(out, write)
 

@@ -181,7 +181,7 @@ def test_the_maker_of_the_class_conditional_teacher_resumes_and_writes_a_network
         models.load_model(tmp_path / "teacher"),
         models.load_model(data.model_path("emoji-classes")),
     )
-    assert made.labels == embedded.labels == 10 and made.names == list(data.EMOJI_CLASSES)
+    assert made.labels == embedded.labels == 10 and made.names == list(embedded.CLASSES)
     assert {name: p.shape for name, p in made.denoiser.named_parameters()} == {
         name: p.shape for name, p in embedded.denoiser.named_parameters()
     }

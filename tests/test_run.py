@@ -17,7 +17,7 @@ import models
 import sample
 import train
 from lab import faults, plane
-from support import checkpoint
+from support import checkpoint, embedded
 from support.cli import UserError
 
 PLANE = ["--batch-size", "8", "--fake-updates", "2", "--warmup", "0", "--save-every", "2"]
@@ -335,8 +335,8 @@ def test_the_embedded_teacher_draws_what_diffusers_draws(emoji):
 
 
 def test_the_embedded_images_are_all_there():
-    assert data.emoji_images(128).shape == (1453, 3, 128, 128)
-    assert data.emoji_images(32).shape == (1453, 3, 32, 32)
-    assert len(data.emoji_captions()) == 1453
-    assert sum(map(len, data.emoji_classes())) == 309
+    assert embedded.images(128).shape == (1453, 3, 128, 128)
+    assert embedded.images(32).shape == (1453, 3, 32, 32)
+    assert len(embedded.captions()) == 1453
+    assert sum(map(len, embedded.classes())) == 309
     assert Path(models.ASSETS / "emoji_128.webp").is_file()

@@ -5,7 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-import data
+from support import embedded
 from support.cli import UserError
 
 FLAGS = {}
@@ -52,14 +52,14 @@ class EmojiJudge:
     about = {}
 
     def __init__(self, size=64, classes=None):
-        self.captions = data.emoji_captions()
+        self.captions = embedded.captions()
         self.words = [set(caption.split()) for caption in self.captions]
         self.classes = classes
-        self.width = data.CLASS_WIDTH if classes else 1.0
+        self.width = embedded.CLASS_WIDTH if classes else 1.0
         self.known = list(range(len(self.captions)))
         if classes:
             self.known = [i for group in classes for i in group]
-        self.images = data.emoji_images(2 * size)  # (1453, 3, 2 size, 2 size)
+        self.images = embedded.images(2 * size)  # (1453, 3, 2 size, 2 size)
         halved = F.avg_pool2d(self.images[self.known].float() / 255, 2)
         self.appearance = cell_features(centred(halved), 8)
 
@@ -96,7 +96,7 @@ class EmojiJudge:
                 u = torch.rand((), generator=generator)
                 index.append(accepted[int(u * len(accepted))])
         generator = torch.Generator().manual_seed(seed)
-        return (data.shift_and_scale(self.images[index], generator, self.width) + 1) / 2
+        return (embedded.shift_and_scale(self.images[index], generator, self.width) + 1) / 2
 
     def reference(self):
         """Layout features of the whole set, or of 200 images of each class."""
@@ -123,5 +123,5 @@ def make(args, setting):
     if setting.protocol_name == "emoji":
         return [EmojiJudge()]
     if setting.protocol_name == "emoji-classes":
-        return [EmojiJudge(16, data.emoji_classes())]
+        return [EmojiJudge(16, embedded.classes())]
     return []
