@@ -1,7 +1,7 @@
 """Random numbers, prompts and real data of a run, and what is made of them beforehand.
 
-    python data.py pairs --out pairs --count 4096         # then train.py --variant dmd --pairs pairs
-    python data.py latents --images FOLDER --out latents --model DIR      # then train.py --real latents
+    python data.py pairs --out pairs --count 4096        # then train.py --variant dmd --pairs pairs
+    python data.py latents --images FOLDER --out latents --model DIR  # then train.py --real latents
     python data.py pixels --images imagenet/train --out imagenet64        # for EDM's networks
 
 A pair is noise and what the teacher's deterministic sampler makes of it. A folder of images has
@@ -51,9 +51,10 @@ def mix_seed(seed, index):
 class Draws:
     """Random numbers for the samples of a batch, from a seed and an index (of the iteration) alone.
 
-    All of them are one stream. Every call takes the whole batch's numbers off it and skips the other
-    ranks': sample i gets the same numbers however many ranks there are. Since nothing but seed and
-    index goes into it, a run can stop anywhere and go on bit for bit, without any state saved.
+    All of them are one stream. Every call takes the whole batch's numbers off it and skips the
+    other ranks': sample i gets the same numbers however many ranks there are. Since nothing but
+    seed and index goes into it, a run can stop anywhere and go on bit for bit, without any state
+    saved.
     """
 
     def __init__(self, seed, index, batch_size, local=None, device="cpu"):
@@ -298,8 +299,8 @@ class Latents(Shards):
 
 
 def make_pairs(out, config, model, batch_size=64):
-    """config: prompts, count, steps, guidance and seed, as the command takes them. Every shard has a
-    seed of its own."""
+    """config: prompts, count, steps, guidance and seed, as the command takes them. Every shard has
+    a seed of its own."""
     if config["steps"] > len(model.schedule):
         raise UserError(f"--steps {config['steps']}: {model.name} has {len(model.schedule)} levels")
     prompts = training_prompts(config["prompts"], model)

@@ -1,37 +1,41 @@
 """Numbers for students, their teacher, and folders of images.
 
-    python eval.py                                   # the student of `python train.py` and its teacher
+    python eval.py                                # the student of `python train.py` and its teacher
     python eval.py --compare runs/a runs/b runs/c    # several students, from the same noise
     python eval.py --compare runs/a/checkpoints/*    # a run's checkpoints: a table and curves.png
     python eval.py --teacher-only --guidance 5       # a teacher at another guidance scale
     python eval.py --images FOLDER --reference FOLDER --inception FILE        # images on disk
-    python eval.py --protocol coco30k-256 --write-reference coco.npz --reference val2014 --inception FILE
-    torchrun --standalone --nproc_per_node=8 eval.py ...       # shared out; the numbers of one process
+    python eval.py --protocol coco30k-256 --reference val2014 --write-reference coco.npz
+    torchrun --standalone --nproc_per_node=8 eval.py ...    # shared out; the numbers of one process
 
 --out holds metrics.json, table.txt and parts/: what each image was judged to be, from which an
 interrupted evaluation goes on. Delete parts/ when you are done: 50,000 images make 0.8 GB.
 
 What is measured depends on the model, or on --protocol (support/protocols.py):
 
-  alignment    (embedded set) share of samples whose nearest image of the set is right: it carries all
-               words of the prompt, or is of the class (support/judges/emoji.py)
-  coverage     (embedded set) distinct right images among 32 samples of a prompt, as a share of those
-               that exist; mean over the words cat, heart, moon, or over the classes, three times
+  alignment    (embedded set) share of samples whose nearest image of the set is right: it carries
+               all words of the prompt, or is of the class (support/judges/emoji.py)
+  coverage     (embedded set) distinct right images among 32 samples of a prompt, as a share of
+               those that exist; mean over the words cat, heart, moon, or over the classes, three
+               times
   frechet      (embedded set) Frechet distance of Gaussians fitted to samples and to the set, on 80
                features. Few samples raise it; the row of real images shows what is left at best
   fid, patch fid    the same of 2,048 Inception features, against --reference. 1706.08500
-  kid, is, precision, recall    by torch-fidelity: 1801.01401, 1606.03498, 1904.06991 (3 neighbours);
+  kid, is, precision, recall    by torch-fidelity: 1801.01401, 1606.03498, 1904.06991 (3
+                                neighbours);
                without --inception the latter two on the embedded set's 80 features
   clip, pickscore, image reward    of each image with its prompt
-  mean, deviation, saturation   of an image's values in [0, 1]: over-saturation raises the latter two
+  mean, deviation, saturation   of an image's values in [0, 1]: over-saturation raises the latter
+                                two
   diversity    root mean square distance of two thumbnails of one prompt, mean over prompts
 
 +- is a standard error: over samples where a metric is a mean, over 20 bootstrap draws for Frechet
-distances, over 10 splits for is, over subsets of 1,000 for kid (of ten thousand images or more; else ?),
-over three repetitions for coverage, over prompts for diversity; for precision and recall that of a
-share. The second table has differences to the first row with 95 % intervals, 1.96 standard errors. For
-means and Frechet distances of rows from the same noise they are of paired differences; for precision,
-recall and coverage as if rows were independent, and coverage's, of three repetitions, are rather 80 %.
+distances, over 10 splits for is, over subsets of 1,000 for kid (of ten thousand images or more;
+else ?), over three repetitions for coverage, over prompts for diversity; for precision and recall
+that of a share. The second table has differences to the first row with 95 % intervals, 1.96
+standard errors. For means and Frechet distances of rows from the same noise they are of paired
+differences; for precision, recall and coverage as if rows were independent, and coverage's, of
+three repetitions, are rather 80 %.
 """
 
 import contextlib
@@ -69,7 +73,7 @@ from support.prompt_files import read_prompts
 from support.protocols import PROTOCOLS
 from support.weights import fingerprint, fingerprints
 
-# ----------------------------------------------------------------------------- the rows of the table
+# ---------------------------------------------------------------------------- the rows of the table
 
 
 def model_source(setting, sampler, key):
@@ -102,8 +106,8 @@ def real_source(setting):
 
 
 def teacher_samplers(model, guidance, few, args):
-    """The teacher as it should be, and the undistilled network at a student's numbers of steps, with
-    and without guidance."""
+    """The teacher as it should be, and the undistilled network at a student's numbers of steps,
+    with and without guidance."""
     made = []
     if not args.no_teacher:
         made.append(sample.TeacherSampler(model, args.teacher_steps, guidance, args.sampler))

@@ -182,7 +182,8 @@ def full_state(module, trained_only=False):
 
 
 def clip_gradients(module, max_norm, name):
-    """Scale the gradients to a norm, over all ranks, of at most max_norm (0: any). Returns the norm.
+    """Scale the gradients to a norm, over all ranks, of at most max_norm (0: any). Returns the
+    norm.
 
     Raises NotFinite before any optimizer has moved: the parameters are still the last good ones.
     """

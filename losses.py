@@ -38,7 +38,7 @@ def score(x0, x_t, alpha, sigma):
     return (alpha * x0 - x_t) / sigma**2
 
 
-# ----------------------------------------------------------------------------- DMD and Decoupled DMD
+# ---------------------------------------------------------------------------- DMD and Decoupled DMD
 
 
 def dm_direction(x0_cond, x0_fake):

@@ -74,7 +74,8 @@ def vp_schedule(alphas_cumprod):
 
 
 def edm_schedule(T=1000, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """EDM (2206.00364, equation 5): alpha = 1 and Karras noise levels; a single one is sigma_max."""
+    """EDM (2206.00364, equation 5): alpha = 1 and Karras noise levels; a single one is
+    sigma_max."""
     u = torch.linspace(1, 0, T, dtype=torch.float64).flip(0)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigma = (low + u * (high - low)) ** rho
@@ -578,7 +579,8 @@ class Model:
 
     @torch.no_grad()
     def encode_images(self, images):
-        """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), the mode of the VAE's posterior."""
+        """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), the mode of the VAE's
+        posterior."""
         config = self.vae.config
         encoded = self.vae.encode(images.to(self.encoder_device))
         x = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()

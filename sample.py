@@ -1,9 +1,9 @@
 """Draw students beside their teacher: the same prompts and the same noise, one row a sampler.
 
-    python sample.py                                                  # the student of `python train.py`
+    python sample.py                                              # the student of `python train.py`
     python sample.py --prompts "cat face" "red apple" "crescent moon" # words ...
-    python sample.py --prompts prompts.txt --out grid.png             # ... or a file, one prompt a line
-    python sample.py --student runs/mine --steps 4 1 --guidance 5     # rows for 4 and 1 student steps
+    python sample.py --prompts prompts.txt --out grid.png         # ... or a file, one prompt a line
+    python sample.py --student runs/mine --steps 4 1 --guidance 5   # rows for 4 and 1 student steps
     python sample.py --compare runs/one-step runs/dmd2                # several students
     python sample.py --student runs/imagenet --prompts 207 "giant panda"    # classes
     python sample.py --student dmd2_sdxl_4step_unet_fp16.bin --dtype fp16 \\
@@ -105,8 +105,8 @@ class StudentSampler:
 
 
 def column_noise(model, columns, steps, seed, first=0):
-    """(steps, columns, C, H, W) of the columns from `first` on. It depends on the seed, the step and
-    the column alone, not on how many there are."""
+    """(steps, columns, C, H, W) of the columns from `first` on. It depends on the seed, the step
+    and the column alone, not on how many there are."""
     noise = []
     for i in range(first, first + columns):
         generator = torch.Generator().manual_seed(data.mix_seed(seed, i))
@@ -144,7 +144,7 @@ def teacher_statistics(model, prompts, args, count=64):
     return x.mean().item(), x.var().item()
 
 
-# ----------------------------------------------------------------------------- teachers and students
+# ---------------------------------------------------------------------------- teachers and students
 
 
 @dataclass

@@ -111,7 +111,8 @@ def test_timesteps():
 
 
 def output_of(prediction, x0, x_t, alpha, sigma):
-    """What a perfect network of each kind outputs, from the definitions in 2006.11239, 2202.00512, 2209.03003, 2206.00364."""
+    """What a perfect network of each kind outputs, from the definitions in 2006.11239, 2202.00512,
+    2209.03003, 2206.00364."""
     eps = (x_t - alpha * x0) / sigma
     if prediction == "edm":
         c_skip, c_out = 0.25 / (sigma**2 + 0.25), sigma * 0.5 / (sigma**2 + 0.25).sqrt()
@@ -181,7 +182,7 @@ def test_denoising_loss_is_the_error_of_the_networks_own_output(family, predicti
     torch.testing.assert_close(loss, error.square().mean())
 
 
-# ----------------------------------------------------------------------------- f-divergences and the direction
+# ------------------------------------------------------------------ f-divergences and the direction
 
 F = {  # table of 2502.15681, D_f(p || q) = E_q[f(p / q)], of r and log r
     "reverse-kl": lambda r, log_r: -log_r,
@@ -202,8 +203,9 @@ def test_weight_is_r_squared_times_the_second_derivative(divergence):
 
 
 def students(alpha, sigma):
-    """Two students of 1-D samples: a Gaussian with shift and scale, and a mixture with two shifts. For each: its parameters, its
-    density as a function of them, and the pieces (weight, mean, variance of x_t, E[dx_t / dtheta | x_t]) it is made of."""
+    """Two students of 1-D samples: a Gaussian with shift and scale, and a mixture with two shifts.
+    For each: its parameters, its density as a function of them, and the pieces (weight, mean,
+    variance of x_t, E[dx_t / dtheta | x_t]) it is made of."""
 
     def gaussian(theta):
         return Mixture([1.0], theta[:1], theta[1:])
@@ -234,7 +236,8 @@ def students(alpha, sigma):
 @pytest.mark.parametrize("t", T_VALUES)
 @pytest.mark.parametrize("divergence", losses.DIVERGENCES)
 def test_f_divergence_gradient_by_quadrature(divergence, family, t):
-    """E_q[-h(p/q) (s_p - s_q) dx_t / dtheta] is the derivative of D_f(p_t || q_t), automatic differentiation of a quadrature."""
+    """E_q[-h(p/q) (s_p - s_q) dx_t / dtheta] is the derivative of D_f(p_t || q_t), automatic
+    differentiation of a quadrature."""
     alpha, sigma = levels(SCHEDULES[family], t)
     for student, theta, parts in students(alpha, sigma):
         reach = 9 * (alpha**2 * 1.0 + sigma**2).sqrt()
@@ -268,7 +271,8 @@ def test_f_divergence_gradient_by_quadrature(divergence, family, t):
 @pytest.mark.parametrize("divergence", losses.DIVERGENCES)
 @pytest.mark.parametrize("family, t", [("vp", 300), ("edm", 600), ("flow", 600)])
 def test_f_divergence_gradient_in_the_plane(divergence, family, t):
-    """The same for the labelled mixture of plane.py and a student that is a Gaussian in the plane with a shift of its own."""
+    """The same for the labelled mixture of plane.py and a student that is a Gaussian in the plane
+    with a shift of its own."""
     alpha, sigma = levels(SCHEDULES[family], t)
     teacher, theta = (
         plane.plane(),
@@ -325,8 +329,8 @@ def test_normaliser_is_one_number_a_sample_and_has_a_floor():
 
 
 def test_normalised_variance_of_the_weight_between_two_unit_gaussians():
-    """2502.15681, figure 4a: Var_q[h] / E_q[h]^2 for p = N(d, 1), q = N(0, 1), where log r = d x - d^2 / 2. In closed form it is
-    exp(d^2) - 1 for forward KL and exp(d^2 / 4) - 1 for Hellinger."""
+    """2502.15681, figure 4a: Var_q[h] / E_q[h]^2 for p = N(d, 1), q = N(0, 1), where log r = d x -
+    d^2 / 2. In closed form it is exp(d^2) - 1 for forward KL and exp(d^2 / 4) - 1 for Hellinger."""
     x, weights = gauss_hermite(200)
     variance = {}
     for d in (0.5, 1.0, 2.0, 3.0):
@@ -349,7 +353,7 @@ def test_normalised_variance_of_the_weight_between_two_unit_gaussians():
     assert variance["js", 3.0] < 10 and variance["hellinger", 3.0] < 10
 
 
-# ----------------------------------------------------------------------------- ratio, GAN, mean-variance
+# ------------------------------------------------------------------------ ratio, GAN, mean-variance
 
 
 def test_density_ratio_is_cut_off_on_both_sides():
@@ -412,7 +416,8 @@ def test_regression_loss_is_the_mean_square():
 
 @pytest.mark.parametrize("channels", [8, 32, 48, 64, 192])
 def test_gan_head_judges_by_the_features_of_narrow_networks_too(channels):
-    """A normaliser over one value has no gradient, over two one of rounding: where its inputs differ by much, it is a step."""
+    """A normaliser over one value has no gradient, over two one of rounding: where its inputs
+    differ by much, it is a step."""
     torch.manual_seed(0)
     head, features = (
         models.GanHead(channels, 4).double(),
@@ -430,7 +435,8 @@ def test_gan_head_judges_by_the_features_of_narrow_networks_too(channels):
 
 
 def test_gan_head_learns_the_log_ratio_of_two_gaussians():
-    """The head on the plane's network, trained by the critic's loss alone, against log p_t / q_t of the diffused Gaussians."""
+    """The head on the plane's network, trained by the critic's loss alone, against log p_t / q_t of
+    the diffused Gaussians."""
     model = plane.PlaneModel("gmm")
     fake_score = models.FakeScore(
         copy.deepcopy(model.origin),
@@ -479,13 +485,13 @@ def test_surrogate_loss_has_the_direction_as_its_gradient():
     torch.testing.assert_close(gradient, direction / x.numel())
 
 
-def test_health_figures_on_known_tensors():
+def test_health_metrics_on_known_tensors():
     x = torch.tensor([[0.0, 2.0, 0.0, 2.0]])
     x0_real, x0_fake = x + torch.tensor([[3.0, 0, 0, 0]]), x + torch.tensor([[0, 4.0, 0, 0]])
-    figures = losses.health(x, x0_real, x0_fake)
-    assert figures["std"].item() == pytest.approx(math.sqrt(4 / 3))
-    assert figures["gap"].item() == pytest.approx(5 / 3)
-    assert figures["cosine"].item() == pytest.approx(0)
+    metrics = losses.health(x, x0_real, x0_fake)
+    assert metrics["std"].item() == pytest.approx(math.sqrt(4 / 3))
+    assert metrics["gap"].item() == pytest.approx(5 / 3)
+    assert metrics["cosine"].item() == pytest.approx(0)
 
 
 # ----------------------------------------------------------------------------- samplers

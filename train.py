@@ -1,8 +1,8 @@
 """Distil a diffusion teacher into a few-step student by distribution matching.
 
-    python train.py                                # DMD2 on the embedded teacher, 4 steps, on a laptop
+    python train.py                             # DMD2 on the embedded teacher, 4 steps, on a laptop
     python train.py --student-steps 1 --gan-weight 0         # one step, without the GAN
-    python train.py --variant decoupled            # another paper's method: a preset of the switches
+    python train.py --variant decoupled           # another paper's method: a preset of the switches
     python train.py --resume runs/dmd2             # go on with an interrupted run
     torchrun --standalone --nproc_per_node=2 train.py @recipes/sd15_decoupled_4step.args \\
         --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts captions.txt
@@ -11,8 +11,9 @@ A run directory holds config.json, metrics.jsonl, curves.png, images/, checkpoin
 and student/, the averaged student as a diffusers network or LoRA.
 
 Read here: draw_batch, what is random; iterate, what happens; student_step and read_scores, how the
-student moves; fake_score_step, how the fake score follows. `nets` are support/networks.py's: teacher,
-student, its average and fake score, which start as copies of one network, and two AdamW optimizers.
+student moves; fake_score_step, how the fake score follows. `nets` are support/networks.py's:
+teacher, student, its average and fake score, which start as copies of one network, and two AdamW
+optimizers.
 """
 
 import dataclasses

@@ -1,20 +1,20 @@
 """The papers' claims, tried: which variant does what, with seeds and error bars.
 
-    python -m lab.claims                     # every claim on the plane, about 40 minutes on two cores
+    python -m lab.claims                   # every claim on the plane, about 40 minutes on two cores
     python -m lab.claims --claim 1 9         # these two
-    python -m lab.claims --world emoji       # claims 1, 6, 9, 10, 11 on the embedded teacher, 45 minutes
+    python -m lab.claims --world emoji  # claims 1, 6, 9, 10, 11 on the embedded teacher, 45 minutes
     python -m lab.claims --list              # what is claimed, and every arm as a command
 
 A claim compares arms, each a set of train.py's flags. All arms have the same budget (iterations,
 batch, steps), the same sweep of the student's learning rate and the same seeds, and the untrained
 network stands beside them. What the paper leads one to expect holds ("yes") or fails ("opposite")
-where the difference, seed by seed, is beyond Student's 95 % interval; else it is "not resolved". That
-is asked with every arm at its best rate (lowest KL divergence, mean over the seeds), and with all arms
-at each rate.
+where the difference, seed by seed, is beyond Student's 95 % interval; else it is "not resolved".
+That is asked with every arm at its best rate (lowest KL divergence, mean over the seeds), and with
+all arms at each rate.
 
 Finished runs are kept in --out (lab/trials.py), so an interrupted command goes on where it was. The
-summary is printed; it, a table of every arm and the images are written there too, those of a part of
-the claims to a folder of their own.
+summary is printed; it, a table of every arm and the images are written there too, those of a part
+of the claims to a folder of their own.
 """
 
 import json
@@ -133,8 +133,8 @@ CLAIMS = (
     Claim(
         number=5,
         title="GAN alone is worse than both together",
-        paper="2405.14867: ImageNet FID 2.56 alone, 1.51 both; SDXL FID 13.77 alone, 19.32 both, but "
-        "patch FID 27.96 alone, 20.86 both",
+        paper="2405.14867: ImageNet FID 2.56 alone, 1.51 both; SDXL FID 13.77 alone, 19.32 both, "
+        "but patch FID 27.96 alone, 20.86 both",
         arms={
             "no GAN": IMPERFECT,
             "GAN": GAN,
@@ -178,8 +178,8 @@ CLAIMS = (
     ),
     Claim(
         number=8,
-        title="The weight h varies most for forward KL and Jeffreys, little for JS; normalising the "
-        "ratio in its time bin lowers it",
+        title="The weight h varies most for forward KL and Jeffreys, little for JS; normalising "
+        "the ratio in its time bin lowers it",
         paper="2502.15681, figure 4",
         arms={YOUNG: f"{RATIO} reverse-kl --iterations 100"},
         metrics=tuple(
@@ -382,8 +382,8 @@ class Arm:
 
 
 def compared(expectation, rows):
-    """[(left, right) of each seed] of an expectation, its sign. rows: {arm: [metrics, ...]}. A metric
-    that a run did not live to see is left out."""
+    """[(left, right) of each seed] of an expectation, its sign. rows: {arm: [metrics, ...]}. A
+    metric that a run did not live to see is left out."""
     first, comparison = expectation.split(": ", 1)
     sign = "<" if " < " in comparison else ">"
     left, right = comparison.split(f" {sign} ")

@@ -2,9 +2,9 @@
 
     python -m lab.faults                     # all of them, about ten minutes on two cores
     python -m lab.faults kill --kills 50     # kill -9 at random moments, then --resume
-    python -m lab.faults damage              # each file of a checkpoint cut, one bit flipped, deleted
+    python -m lab.faults damage            # each file of a checkpoint cut, one bit flipped, deleted
     python -m lab.faults disk                # a full disk, a directory that cannot be written to
-    python -m lab.faults rank                # under torchrun a rank gets NaN, an exception, kill -9, hangs
+    python -m lab.faults rank         # under torchrun a rank gets NaN, an exception, kill -9, hangs
 
 The run is f-distill on the plane (lab/plane.py): it has a head, running means of the ratio, two
 optimizers and an average to lose.
@@ -153,7 +153,7 @@ def verdict(good):
     return "yes" if good else "NO"
 
 
-# ----------------------------------------------------------------------------- one process, one disk
+# ---------------------------------------------------------------------------- one process, one disk
 
 
 def kill(work, kills=50, processes=0, iterations=30, seed=0):

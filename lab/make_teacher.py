@@ -4,18 +4,19 @@
     python -m lab.make_teacher --device cuda             # minutes
     python -m lab.make_teacher classes --dtype float32   # EDM's ImageNet network in miniature
 
-An interrupted command goes on from --work. The text-to-image teacher is Stable Diffusion in miniature,
-written as a diffusers pipeline in float16. Its stages:
+An interrupted command goes on from --work. The text-to-image teacher is Stable Diffusion in
+miniature, written as a diffusers pipeline in float16. Its stages:
 
   autoencoder  AutoencoderTiny, 64x64x3 <-> 8x8x8. While it trains, a batch norm without parameters
-               sits on the latents; it is folded into the encoder afterwards, so that the plain class
-               gives latents of mean 0 and deviation 1. The decoder sees them with a little noise,
-               which makes it forgive the sampler's small errors.
-  denoiser     CLIPTextModel and UNet2DConditionModel, together and from scratch. The network predicts
-               eps, as SD1.5's does. First on images that are hardly moved, which teaches the captions
-               quickly, then on all places and sizes. Latents are encoded once, beforehand.
-  decoder      the decoder alone, for longer: the latents are fixed now, and the colours of rare images
-               want more time.
+               sits on the latents; it is folded into the encoder afterwards, so that the plain
+               class gives latents of mean 0 and deviation 1. The decoder sees them with a little
+               noise, which makes it forgive the sampler's small errors.
+  denoiser     CLIPTextModel and UNet2DConditionModel, together and from scratch. The network
+               predicts eps, as SD1.5's does. First on images that are hardly moved, which teaches
+               the captions quickly, then on all places and sizes. Latents are encoded once,
+               beforehand.
+  decoder      the decoder alone, for longer: the latents are fixed now, and the colours of rare
+               images want more time.
 
 The class-conditional one is a UNet2DModel on 16x16 pixels with EDM's preconditioning, loss and
 distribution of noise levels (2206.00364); its labels.txt names the classes.
@@ -78,8 +79,8 @@ def average_of(networks):
 
 
 def train(stage, iterations, modules, loss_of, args, average=None):
-    """AdamW with clipping, warm-up and cosine; a checkpoint every 500 iterations. loss_of(generator)
-    draws a batch and returns its loss."""
+    """AdamW with clipping, warm-up and cosine; a checkpoint every 500 iterations.
+    loss_of(generator) draws a batch and returns its loss."""
     path = Path(args.work) / f"{stage}.pt"
     modules = torch.nn.ModuleDict(modules)
     parameters = list(modules.parameters())

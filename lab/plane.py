@@ -1,6 +1,6 @@
 """The laboratory's model: a labelled mixture of Gaussians in the plane, whose scores are exact.
 
-    python -m lab.plane                     # distil it into one step: seconds, with pictures
+    python -m lab.plane                     # distil it into one step: seconds, with images
     python -m lab.plane --variant decoupled --guidance 1.5 --out runs/trial     # train.py's flags
     python -m lab.claims                    # the papers' claims, tried on it
 
@@ -163,8 +163,8 @@ def teacher_mixture(name):
 
 @functools.cache
 def fitted_weights(name, iterations=2000, batch_size=256):
-    """A PointNetwork's weights, fitted to the exact teacher on its own diffused samples. They belong
-    to the model as a trained teacher's weights do, and are the same in every run."""
+    """A PointNetwork's weights, fitted to the exact teacher on its own diffused samples. They
+    belong to the model as a trained teacher's weights do, and are the same in every run."""
     mixture, schedule = teacher_mixture(name), sd_schedule()
     exact = ExactNetwork(mixture, schedule)
     generator = torch.Generator().manual_seed(0)
@@ -195,7 +195,8 @@ def encode_plane(model, prompts):
 
 
 class PlaneModel(models.Model):
-    """What the rest of the code uses of models.Model. mixture is the teacher's, truth the data's."""
+    """What the rest of the code uses of models.Model. mixture is the teacher's, truth the
+    data's."""
 
     network_class = PointNetwork
     sample_shape = (2, 1, 1)
@@ -311,8 +312,8 @@ def sliced_wasserstein(a, b, directions=64):
 
 
 def kernel_kl(a, b, width=0.1):
-    """KL(a || b) of kernel density estimates, judged on a tenth of `a` that takes no part in its own
-    estimate."""
+    """KL(a || b) of kernel density estimates, judged on a tenth of `a` that takes no part in its
+    own estimate."""
     judge, rest = a[: len(a) // 10], a[len(a) // 10 :]
     generator = torch.Generator().manual_seed(0)
     judge = judge + width * torch.randn(judge.shape, generator=generator).to(a.device)
@@ -348,7 +349,7 @@ def table_of(model, samplers, guidance, seed, repeats=4, count=4096):
     return table
 
 
-# ----------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------- images
 
 
 def draw_panels(mixture, panels, path, size=260, reach=2.4):

@@ -2,8 +2,8 @@
 
     python -m support.benchmark 20                   # seconds an iteration of the default run
     python -m support.benchmark 20 --gan-weight 0 --batch-size 8        # with any flags of train.py
-    torchrun --standalone --nproc_per_node=2 -m support.benchmark 20    # also: what sharing it costs
-    python -m support.benchmark memory               # Stable Diffusion's weights and optimizers, computed
+    torchrun --standalone --nproc_per_node=2 -m support.benchmark 20   # also: what sharing it costs
+    python -m support.benchmark memory         # Stable Diffusion's weights and optimizers, computed
 
 Each iteration is timed in turn with the passes through networks that it cannot avoid.
 """

@@ -26,7 +26,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, no abbreviations, and a guess at what a misspelt flag meant."""
+    """argparse with one-line errors, no abbreviations, and a guess at what a misspelt flag
+    meant."""
 
     def __init__(self, doc):
         super().__init__(

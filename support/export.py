@@ -3,8 +3,8 @@
     python -m support.export --student runs/x --out student.safetensors     # for ComfyUI
     python -m support.export --student runs/x --out folder --dtype fp16     # a LoRA is merged
 
-ComfyUI finds the file in models/diffusion_models. runs/x/student/ itself is what diffusers loads; the
-README.md in it, which is the model card, shows how.
+ComfyUI finds the file in models/diffusion_models. runs/x/student/ itself is what diffusers loads;
+the README.md in it, which is the model card, shows how.
 """
 
 from pathlib import Path

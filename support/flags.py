@@ -284,7 +284,7 @@ def add_student_flags(parser):
     add(
         "--sampler",
         choices=SAMPLERS,
-        help="of the teacher: deterministic (DDIM); heun and stochastic are EDM's, for its networks",
+        help="of the teacher: deterministic (DDIM); heun and stochastic are for EDM's networks",
     )
     add(
         "--guidance",
@@ -338,8 +338,8 @@ def eval_parser(doc):
     add(
         "--protocol",
         metavar="NAME",
-        help="imagenet64-50k, coco30k-256, coco10k-512, emoji, emoji-classes or as-is: what is drawn, "
-        "how it is cut and resized, what compares with it (default: by the model)",
+        help="imagenet64-50k, coco30k-256, coco10k-512, emoji, emoji-classes or as-is: what is "
+        "drawn, how it is cut and resized, what compares with it (default: by the model)",
     )
     add("--samples", type=cli.positive, help="(default: the protocol's)")
     add(

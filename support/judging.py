@@ -17,8 +17,9 @@ from support.cli import UserError
 @dataclass
 class Source:
     """A row of the table. draw(start, stop) -> [(index, (3, H, W) in [0, 1]), ...], {file that is
-    bad: why}. prompts: a text for each image; those beyond the first `counted` are repeated prompts,
-    for coverage and diversity. key: all that decides what the images are, a kind first of all."""
+    bad: why}. prompts: a text for each image; those beyond the first `counted` are repeated
+    prompts, for coverage and diversity. key: all that decides what the images are, a kind first of
+    all."""
 
     label: str
     key: dict

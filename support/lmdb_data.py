@@ -1,5 +1,5 @@
-"""DMD2's data bases: latents_{i}_data, raw float16 that is scaled already, with prompts_{i}_data; or
-images_{i}_data, uint8, with labels_{i}_data, int64. latents_shape or images_shape is text."""
+"""DMD2's data bases: latents_{i}_data, raw float16 that is scaled already, with prompts_{i}_data;
+or images_{i}_data, uint8, with labels_{i}_data, int64. latents_shape or images_shape is text."""
 
 import math
 

@@ -19,8 +19,8 @@ GAUGES = ("mean", "deviation", "saturation")
 @dataclass
 class Metric:
     """A number with its standard error. values: what it is the mean of, sample by sample; draws:
-    what it is on bootstrap draws. These give the error of a difference: smaller for rows of the same
-    noise, and right for rows that have nothing to do with each other."""
+    what it is on bootstrap draws. These give the error of a difference: smaller for rows of the
+    same noise, and right for rows that have nothing to do with each other."""
 
     value: float
     error: float
@@ -78,9 +78,9 @@ class Gaussian:
 def frechet_distance(a, b):
     """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).         1706.08500, equation 6
 
-    (C_a C_b)^(1/2) has the trace of (R_b C_a R_b)^(1/2), symmetric, R_b being C_b's root. Where C_a =
-    F_a^T F_a that is the trace of (F_a C_b F_a^T)^(1/2), a smaller matrix; where both have factors,
-    the sum of the singular values of F_a F_b^T.
+    (C_a C_b)^(1/2) has the trace of (R_b C_a R_b)^(1/2), symmetric, R_b being C_b's root. Where C_a
+    = F_a^T F_a that is the trace of (F_a C_b F_a^T)^(1/2), a smaller matrix; where both have
+    factors, the sum of the singular values of F_a F_b^T.
     """
     if a.factor is None and b.factor is not None:
         a, b = b, a
@@ -118,8 +118,8 @@ def fidelity_or_none():
 
 
 def library_metrics(features, logits, reference):
-    """What torch-fidelity computes of features (N, D), Inception's logits (N, 1008) or None, and the
-    reference's features or None."""
+    """What torch-fidelity computes of features (N, D), Inception's logits (N, 1008) or None, and
+    the reference's features or None."""
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import calculate_precision_recall_part

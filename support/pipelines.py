@@ -51,8 +51,8 @@ def open_pipeline(path, known, vae=None, config=None):
 
 
 def pipeline_kind(path, known):
-    """The name of the pipeline's class and its model_index.json, {} of a file. Raises a UserError that
-    says what is wrong with the path."""
+    """The name of the pipeline's class and its model_index.json, {} of a file. Raises a UserError
+    that says what is wrong with the path."""
     from diffusers import DiffusionPipeline
 
     if Path(path).is_file():

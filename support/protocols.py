@@ -46,9 +46,9 @@ def clean_resize(images, size=299):
 
 @dataclass
 class Protocol:
-    """samples: how many. size: of the images that a model has to draw; None takes any. views: {name:
-    (function, size) of what is done to an image, or None}: Inception gives features of each, and the
-    first is what gauges and the embedded set see. resize: how Inception gets to 299 pixels.
+    """samples: how many. size: of the images that a model has to draw; None takes any. views:
+    {name: (function, size) of what is done to an image, or None}: Inception gives features of each,
+    and the first is what gauges and the embedded set see. resize: how Inception gets to 299 pixels.
     reference: how many images samples are compared with. published: numbers that compare."""
 
     samples: int
@@ -73,9 +73,9 @@ PROTOCOLS = {
         published="one step: DMD2 FID 1.51, 1.28 resumed, 2.61 without a GAN; f-distill (JS) 1.16",
         about="50,000 samples of 64x64, sample i of label i mod 1000, as they are, against the "
         "statistics of all 1,281,167 training images (EDM's fid-refs/imagenet-64x64.npz: mu and "
-        "sigma of 2,048 Inception features). Sources: DMD2's main/edm/test_folder_edm.py (labels in "
-        "turn), EDM's fid.py (statistics, uint8 images, resizing inside the network). EDM's paper "
-        "reports the least of three such numbers with different seeds; this is one.",
+        "sigma of 2,048 Inception features). Sources: DMD2's main/edm/test_folder_edm.py (labels "
+        "in turn), EDM's fid.py (statistics, uint8 images, resizing inside the network). EDM's "
+        "paper reports the least of three such numbers with different seeds; this is one.",
     ),
     "coco30k-256": Protocol(
         samples=30_000,
@@ -83,14 +83,14 @@ PROTOCOLS = {
         views={"whole": (square, 256)},
         resize="clean",
         reference=40_504,
-        published="SD1.5 in one step, guidance 1.75: DMD2 FID 9.28, 8.35 with a GAN; f-distill (JS) "
-        "7.42",
+        published="SD1.5 in one step, guidance 1.75: DMD2 FID 9.28, 8.35 with a GAN; f-distill "
+        "(JS) 7.42",
         about="30,000 captions of COCO 2014's validation set in their order (DMD2's "
         "captions_coco14_test.pkl), one 512x512 image each, against the 40,504 images of val2014. "
         "Both: largest square around the centre, Lanczos to 256, then clean-fid's resizing "
-        "(bicubic, float, channel by channel) to 299, rounded, since torch-fidelity's network takes "
-        "whole numbers; pixels are rounded to 8 bits, where DMD2 cuts them off. CLIP score of the "
-        "same 256 pixels. Sources: DMD2's main/test_folder_sd.py, "
+        "(bicubic, float, channel by channel) to 299, rounded, since torch-fidelity's network "
+        "takes whole numbers; pixels are rounded to 8 bits, where DMD2 cuts them off. CLIP score "
+        "of the same 256 pixels. Sources: DMD2's main/test_folder_sd.py, "
         "main/coco_eval/coco_evaluator.py, experiments/sdv1.5/README.md.",
     ),
     "coco10k-512": Protocol(
@@ -98,8 +98,8 @@ PROTOCOLS = {
         size=1024,
         views={"whole": (square, 512), "patch": (patch, 299)},
         resize="clean",
-        published="SDXL in four steps: DMD2 FID 19.32, patch FID 20.86, CLIP .332; decoupled DMD FID "
-        "17.80, CLIP .336",
+        published="SDXL in four steps: DMD2 FID 19.32, patch FID 20.86, CLIP .332; decoupled DMD "
+        "FID 17.80, CLIP .336",
         about="10,000 captions of COCO 2014 (DMD2's coco10k/all_prompts.pkl), one 1024x1024 image "
         "each, against coco10k/subset. FID: largest square around the centre, Lanczos to 512, "
         "clean-fid's resizing to 299, rounded. Patch FID: 299x299 pixels around the centre of the "
@@ -145,15 +145,15 @@ def refuse_sizes(sizes):
 
 
 def views_of(images, protocol):
-    """[(3, H, W), ...] in [0, 1] -> {view: (B, 3, h, w)}. Raises UserError where images are compared
-    as they are and have several sizes, or another than the protocol's."""
+    """[(3, H, W), ...] in [0, 1] -> {view: (B, 3, h, w)}. Raises UserError where images are
+    compared as they are and have several sizes, or another than the protocol's."""
     own = protocol.size
     if own and None in protocol.views.values():
         for image in images:
             if tuple(image.shape[1:]) != (own, own):
                 raise UserError(
-                    f"an image has {image.shape[2]}x{image.shape[1]} pixels; this protocol compares "
-                    f"images of {own}x{own} as they are"
+                    f"an image has {image.shape[2]}x{image.shape[1]} pixels; this protocol "
+                    f"compares images of {own}x{own} as they are"
                 )
     seen = {}
     for name, change in protocol.views.items():

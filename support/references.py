@@ -18,8 +18,8 @@ REFERENCE_FEATURES = 50_000  # the most of a reference's images for kid, precisi
 
 
 def of_folder(path, setting):
-    """{view: {"gaussian", "features"}} of all images in a folder, on the main rank, and what is to be
-    said of them."""
+    """{view: {"gaussian", "features"}} of all images in a folder, on the main rank, and what is to
+    be said of them."""
     source = folder_source(path, "reference")
     files = judge_source(source, [Gauges(), setting.inception], setting)
     fsdp.gather_objects(None)  # all parts are there

@@ -81,8 +81,8 @@ def versions():
 
 
 def health_of(path):
-    """Means of a run's own metrics, which know of the fake score, over the 50 rows before its end or
-    before that checkpoint; {} for a student that is no run."""
+    """Means of a run's own metrics, which know of the fake score, over the 50 rows before its end
+    or before that checkpoint; {} for a student that is no run."""
     run = path.parent.parent if path.parent.name == "checkpoints" else path
     last = int(path.name) if run != path else math.inf
     rows = []

@@ -58,8 +58,9 @@ def checkpoint_bytes(nets):
 
 
 class Log:
-    """metrics.jsonl, a row of means every ten iterations and at the end; curves.png; and one warning
-    for each health metric that leaves its range. All ranks keep the rows, the main rank writes."""
+    """metrics.jsonl, a row of means every ten iterations and at the end; curves.png; and one
+    warning for each health metric that leaves its range. All ranks keep the rows, the main rank
+    writes."""
 
     def __init__(self, out, teacher_std, iteration):
         self.path = Path(out) / "metrics.jsonl"

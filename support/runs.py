@@ -67,12 +67,13 @@ def check_arguments(args):
         students.check_peft("--lora" if args.lora else "--fake-lora")
         if args.init:
             raise UserError(
-                "--init begins with whole weights, --lora and --fake-lora with the teacher's: use one"
+                "--init begins with whole weights, --lora and --fake-lora with the teacher's: "
+                "use one"
             )
     if args.divergence != "reverse-kl" and args.gan_weight == 0:
         raise UserError(
-            f"--divergence {args.divergence} reads the density ratio off the GAN's head: it needs a "
-            "--gan-weight above 0"
+            f"--divergence {args.divergence} reads the density ratio off the GAN's head: it needs "
+            "a --gan-weight above 0"
         )
     if args.regression_weight > 0 and not args.pairs:
         model = f" --model {args.model}" if args.model else ""
@@ -97,7 +98,8 @@ def check_arguments(args):
         )
     if args.divergence != "reverse-kl" and args.batch_size == 1:
         fsdp.print_main(
-            "warning: f-distill divides h by its mean over the batch: with --batch-size 1 it is DMD2"
+            "warning: f-distill divides h by its mean over the batch: with --batch-size 1 it is "
+            "DMD2"
         )
 
 

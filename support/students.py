@@ -1,4 +1,5 @@
-"""Students on disk: runs, checkpoints, network folders, files of weights, LoRAs; reading, writing."""
+"""Students on disk: runs, checkpoints, network folders, files of weights, LoRAs; reading,
+writing."""
 
 import copy
 import json

@@ -1,5 +1,5 @@
-"""Prompts and real data: text, pickles, folders of images, latents and pairs made beforehand, DMD2's
-LMDBs. Damaged and unfitting ones are refused in one line."""
+"""Prompts and real data: text, pickles, folders of images, latents and pairs made beforehand,
+DMD2's LMDBs. Damaged and unfitting ones are refused in one line."""
 
 import pickle
 import shutil

@@ -1,4 +1,5 @@
-"""EDM's networks: against the outputs of EDM's own code, as a model to train and to draw with, and their data. Run with: pytest"""
+"""EDM's networks: against the outputs of EDM's own code, as a model to train and to draw with, and
+their data. Run with: pytest"""
 
 import io
 import json
@@ -20,6 +21,7 @@ from lab import faults
 from models import FAMILIES
 from support import edm, students
 from support.cli import UserError
+from support.embedded import CLASSES
 from tests.tiny import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,14 +183,15 @@ def test_the_maker_of_the_class_conditional_teacher_resumes_and_writes_a_network
         models.load_model(tmp_path / "teacher"),
         models.load_model(data.model_path("emoji-classes")),
     )
-    assert made.labels == embedded.labels == 10 and made.names == list(embedded.CLASSES)
+    assert made.labels == embedded.labels == 10 and made.names == list(CLASSES)
     assert {name: p.shape for name, p in made.denoiser.named_parameters()} == {
         name: p.shape for name, p in embedded.denoiser.named_parameters()
     }
 
 
 def test_the_embedded_class_conditional_data_are_drawn_class_by_class():
-    """Each class as often, whatever the number of its pictures; a view is the same picture whenever it is drawn."""
+    """Each class as often, whatever the number of its images; a view is the same image whenever it
+    is drawn."""
     real = data.real_data(models.load_model(data.model_path("emoji-classes")))
     x, labels = real.draw(data.Draws(0, 0, 2000))
     counts = torch.bincount(torch.tensor([int(label) for label in labels]), minlength=10)
@@ -199,11 +202,12 @@ def test_the_embedded_class_conditional_data_are_drawn_class_by_class():
     assert torch.equal(x, again) and same == labels
 
 
-# ----------------------------------------------------------------------------- precision and samplers
+# --------------------------------------------------------------------------- precision and samplers
 
 
 def test_noise_levels_stay_apart_in_bfloat16(model):
-    """The embedding of time is what float32 gives, so that neighbouring levels are as far apart as there."""
+    """The embedding of time is what float32 gives, so that neighbouring levels are as far apart as
+    there."""
     seen = {}
     for dtype in (torch.float32, torch.bfloat16):
         network = models.load_model(TINY, dtype=dtype)
@@ -272,7 +276,7 @@ def test_the_teacher_s_sampler_is_edm_s(model, steps):
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory):
-    """Three folders with two pictures each, of different sizes."""
+    """Three folders with two images each, of different sizes."""
     folder = tmp_path_factory.mktemp("classes")
     for k, name in enumerate(("n01", "n02", "n03")):
         (folder / name).mkdir()
@@ -289,13 +293,13 @@ def classes(tmp_path_factory):
 
 
 def adm_crop(file, size):
-    """ADM's recipe, for one picture whose sides are between two and four times the size."""
-    picture = Image.open(file)
-    picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
+    """ADM's recipe, for one image whose sides are between two and four times the size."""
+    image = Image.open(file)
+    image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
     pixels = np.array(
-        picture.resize(
-            (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
+        image.resize(
+            (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
         )
     )
     y, x = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
@@ -313,9 +317,9 @@ def test_pixels_of_class_folders_an_archive_and_an_lmdb_are_the_same(model, clas
     assert torch.equal(x, expected.float() / 127.5 - 1) and labels == ["0", "0", "1", "1", "2", "2"]
 
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
-        for i, picture in enumerate(expected):
+        for i, image in enumerate(expected):
             content = io.BytesIO()
-            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(content, "PNG")
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(content, "PNG")
             archive.writestr(f"00000/img{i:08d}.png", content.getvalue())
         archive.writestr(
             "dataset.json",
@@ -325,8 +329,8 @@ def test_pixels_of_class_folders_an_archive_and_an_lmdb_are_the_same(model, clas
         lmdb.open(str(tmp_path / "lmdb"), map_size=1 << 24) as environment,
         environment.begin(write=True) as writer,
     ):
-        for i, picture in enumerate(expected):
-            writer.put(f"images_{i}_data".encode(), picture.numpy().tobytes())
+        for i, image in enumerate(expected):
+            writer.put(f"images_{i}_data".encode(), image.numpy().tobytes())
             writer.put(f"labels_{i}_data".encode(), np.int64(i // 2).tobytes())
         writer.put(b"images_shape", b"6 3 16 16")
         writer.put(b"labels_shape", b"6")
@@ -509,7 +513,8 @@ def test_a_run_resumes_bit_for_bit(classes, tmp_path):
 
 
 def test_dmd2_s_students_have_edm_s_names(fixture, model, tmp_path):
-    """pytorch_model.bin of its ImageNet students: the teacher's names, here with the teacher's weights."""
+    """pytorch_model.bin of its ImageNet students: the teacher's names, here with the teacher's
+    weights."""
     torch.save(
         {
             name.removeprefix("sd/"): tensor
@@ -524,8 +529,9 @@ def test_dmd2_s_students_have_edm_s_names(fixture, model, tmp_path):
 
 
 def test_two_processes_have_the_gradients_of_one(classes, tmp_path):
-    """Adam's first moment after one iteration, that is; its steps are the sign of gradients, many of which are next to nothing here. At the cleanest levels
-    the loss divides by sigma = 0.002 what float32 knows to 1e-7."""
+    """Adam's first moment after one iteration, that is; its steps are the sign of gradients, many
+    of which are next to nothing here. At the cleanest levels the loss divides by sigma = 0.002 what
+    float32 knows to 1e-7."""
     flags = [*SMALL, "--guidance", 1, "--student-steps", 1, "--real", classes, "--iterations", 1]
     assert run("train", *flags, "--out", tmp_path / "one") == 0
     status, printed = faults.torchrun(ROOT / "train.py", *flags, "--out", tmp_path / "two")

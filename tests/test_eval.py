@@ -53,7 +53,8 @@ def rows(out):
 
 @pytest.fixture(scope="module")
 def class_runs(tmp_path_factory):
-    """Two runs of the class-conditional teacher, of four iterations each, that differ in their seed."""
+    """Two runs of the class-conditional teacher, of four iterations each, that differ in their
+    seed."""
     folder = tmp_path_factory.mktemp("classes")
     for seed in (0, 1):
         assert (
@@ -80,7 +81,7 @@ def class_runs(tmp_path_factory):
     return folder / "0", folder / "1"
 
 
-def pictures(folder, count, size=32, seed=0):
+def write_images(folder, count, size=32, seed=0):
     """Smooth random images, as PNGs."""
     folder.mkdir(parents=True)
     for i in range(count):
@@ -90,11 +91,12 @@ def pictures(folder, count, size=32, seed=0):
     return folder
 
 
-# ----------------------------------------------------------------------------- figures
+# ----------------------------------------------------------------------------- metrics
 
 
 def test_fid_of_two_gaussians_is_the_closed_form():
-    """Diagonal covariances: |mean difference|^2 + sum of (deviation differences)^2; and the estimate from samples comes near."""
+    """Diagonal covariances: |mean difference|^2 + sum of (deviation differences)^2; and the
+    estimate from samples comes near."""
     generator = torch.Generator().manual_seed(0)
     mean_a, mean_b = (torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(2))
     deviation_a, deviation_b = (
@@ -115,7 +117,7 @@ def test_fid_of_two_gaussians_is_the_closed_form():
     )
 
 
-def test_fid_of_a_set_with_itself_is_zero_also_where_features_outnumber_pictures():
+def test_fid_of_a_set_with_itself_is_zero_also_where_features_outnumber_images():
     features = torch.randn(30, 100, generator=torch.Generator().manual_seed(0))
     assert metrics.frechet_distance(
         metrics.Gaussian.of(features), metrics.Gaussian.of(features)
@@ -144,7 +146,8 @@ def test_frechet_distances_do_not_depend_on_which_matrices_are_small():
 
 
 def test_standard_errors_are_those_of_many_repetitions():
-    """Of a mean, of a paired difference and of a Frechet distance, each against the spread over fresh sets."""
+    """Of a mean, of a paired difference and of a Frechet distance, each against the spread over
+    fresh sets."""
     generator = torch.Generator().manual_seed(0)
     reference = metrics.Gaussian(
         torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
@@ -153,9 +156,9 @@ def test_standard_errors_are_those_of_many_repetitions():
     for repeat in range(200):
         x = torch.randn(200, 2, generator=generator, dtype=torch.float64) + 0.5
         y = x + 0.1 * torch.randn(200, 2, generator=generator, dtype=torch.float64)
-        figures = [metrics.mean_metric(x[:, 0]), metrics.mean_metric(y[:, 0])]
-        draws["mean"].append((figures[0].value, figures[0].error))
-        draws["difference"].append(figures[1].minus(figures[0]))
+        found = [metrics.mean_metric(x[:, 0]), metrics.mean_metric(y[:, 0])]
+        draws["mean"].append((found[0].value, found[0].error))
+        draws["difference"].append(found[1].minus(found[0]))
         if repeat < 60:
             frechet = metrics.frechet_metric(x, reference, seed=repeat)
             draws["frechet"].append((frechet.value, frechet.error))
@@ -174,7 +177,7 @@ def test_a_frechet_difference_of_rows_from_the_same_noise_is_paired():
     assert one.minus(one) == (0, 0)
 
 
-def test_coverage_counts_distinct_right_pictures():
+def test_coverage_counts_distinct_right_images():
     class Judge:
         accepted = staticmethod(lambda prompt: [0, 1, 2, 3])
 
@@ -185,7 +188,7 @@ def test_coverage_counts_distinct_right_pictures():
     assert metrics.coverage_metric(nearest[:2], ["a"] * 2, Judge) == {}
 
 
-def test_diversity_is_the_distance_of_pictures_of_one_prompt():
+def test_diversity_is_the_distance_of_images_of_one_prompt():
     thumbnails = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
     thumbnails[1] = 255
     assert metrics.diversity_metric(thumbnails, ["a", "a", "b", "b"])[
@@ -194,7 +197,7 @@ def test_diversity_is_the_distance_of_pictures_of_one_prompt():
     assert metrics.diversity_metric(thumbnails, ["a", "b", "c", "d"]) == {}
 
 
-def test_gauges_of_known_pictures():
+def test_gauges_of_known_images():
     red, grey = torch.zeros(3, 8, 8), torch.full((3, 8, 8), 0.5)
     red[0] = 1
     found = Gauges()([red, grey], {"whole": torch.stack([red, grey])}, ["", ""])
@@ -209,7 +212,8 @@ def test_gauges_of_known_pictures():
 
 
 def test_protocols_cut_and_resize_as_their_sources_do(tmp_path):
-    """By hand with PIL: DMD2's CenterCropLongEdge and Lanczos; its 299x299 crop; clean-fid's float bicubic, channel by channel."""
+    """By hand with PIL: DMD2's CenterCropLongEdge and Lanczos; its 299x299 crop; clean-fid's float
+    bicubic, channel by channel."""
     wide = torch.rand(3, 40, 71, generator=torch.Generator().manual_seed(0))
     pixels = (wide.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     whole = protocols.views_of(
@@ -244,7 +248,7 @@ def test_protocols_cut_and_resize_as_their_sources_do(tmp_path):
     )
 
 
-def test_pictures_of_several_sizes_are_refused_unless_something_makes_them_alike():
+def test_images_of_several_sizes_are_refused_unless_something_makes_them_alike():
     several = [torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)]
     with pytest.raises(UserError, match="several sizes, such as 8x8 and 8x9"):
         protocols.views_of(several, PROTOCOLS["as-is"])
@@ -257,7 +261,7 @@ def test_pictures_of_several_sizes_are_refused_unless_something_makes_them_alike
     assert protocols.views_of(several, PROTOCOLS["coco30k-256"])["whole"].shape == (2, 3, 256, 256)
 
 
-# ----------------------------------------------------------------------------- Inception and torch-fidelity
+# --------------------------------------------------------------------- Inception and torch-fidelity
 
 
 @pytest.fixture(scope="module")
@@ -283,8 +287,8 @@ def inception(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    return pictures(folder / "a", 12, seed=0), pictures(folder / "b", 10, seed=1)
+    folder = tmp_path_factory.mktemp("images")
+    return write_images(folder / "a", 12, seed=0), write_images(folder / "b", 10, seed=1)
 
 
 def test_numbers_are_those_of_torch_fidelity_s_own_command(inception, two_folders, tmp_path):
@@ -375,11 +379,11 @@ def test_statistics_of_a_reference_give_what_its_folder_gives(
             == 0
         )
     numbers = lambda out: {
-        name: (figure["value"], figure["standard_error"] or 0)
-        for name, figure in rows(out)[str(a)].items()
+        name: (metric["value"], metric["standard_error"] or 0)
+        for name, metric in rows(out)[str(a)].items()
     }
-    for name, figure in numbers(tmp_path / "folder").items():
-        assert figure == pytest.approx(numbers(tmp_path / "file")[name], rel=1e-6), name
+    for name, metric in numbers(tmp_path / "folder").items():
+        assert metric == pytest.approx(numbers(tmp_path / "file")[name], rel=1e-6), name
 
     with np.load(tmp_path / "b.npz") as archive:  # EDM's format: mu and sigma alone
         np.savez(tmp_path / "edm.npz", mu=archive["mu"], sigma=archive["sigma"])
@@ -469,9 +473,9 @@ def test_weights_that_are_missing_or_hold_code_are_one_line(two_folders, tmp_pat
     assert not (tmp_path / "sprung").exists()
 
 
-def test_patch_fid_reads_the_middle_of_the_picture_as_it_was_drawn(inception, tmp_path):
+def test_patch_fid_reads_the_middle_of_the_image_as_it_was_drawn(inception, tmp_path):
     """coco10k-512, with a frame around the same middle: fid changes, patch fid does not."""
-    pictures(tmp_path / "a", 4, size=320)
+    write_images(tmp_path / "a", 4, size=320)
     (tmp_path / "b").mkdir()
     for file in (tmp_path / "a").iterdir():
         framed = Image.new("RGB", (320, 320), "red")
@@ -598,10 +602,10 @@ def clip_folder(tmp_path_factory):
     return folder
 
 
-def clip_by_hand(folder, picture, tokens, prepare):
+def clip_by_hand(folder, image, tokens, prepare):
     network = CLIPModel.from_pretrained(folder).eval()
     pixels = (
-        np.asarray(prepare(picture).resize((32, 32), Image.Resampling.BICUBIC)).astype(np.float32)
+        np.asarray(prepare(image).resize((32, 32), Image.Resampling.BICUBIC)).astype(np.float32)
         / 255
     )
     pixels = (pixels - np.array([0.48145466, 0.4578275, 0.40821073], np.float32)) / np.array(
@@ -629,8 +633,8 @@ def test_clip_score_and_pickscore_equal_a_hand_computation(clip_folder, prompt):
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     words = lambda text: tokenizer(text, add_special_tokens=False).input_ids
     cut = [start, *words(prompt)[: length - 2], end]
-    picture = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(0))
-    pil = protocols.to_pil(picture)
+    image = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(0))
+    pil = protocols.to_pil(image)
     tokens = [start, *words("A photo depicts "), *cut[1:]][:length]
     tokens[-1] = end
     cosine, scale = clip_by_hand(
@@ -639,7 +643,7 @@ def test_clip_score_and_pickscore_equal_a_hand_computation(clip_folder, prompt):
         tokens,
         lambda p: p.crop((5, 0, 45, 40)).resize((256, 256), Image.Resampling.LANCZOS),
     )
-    two = [picture, picture]
+    two = [image, image]
     found = Clip(str(clip_folder), "clip", "cpu")(two, {}, ["cat face", prompt])["clip"]
     assert found[1].item() == pytest.approx(cosine, abs=1e-5) and found[0] != found[1]
 
@@ -652,7 +656,7 @@ def test_clip_score_and_pickscore_equal_a_hand_computation(clip_folder, prompt):
 
 
 def test_text_scores_in_the_table_and_captions_of_folders(clip_folder, tmp_path):
-    folder = pictures(tmp_path / "captioned", 4)
+    folder = write_images(tmp_path / "captioned", 4)
     for i in range(4):
         (folder / f"{i:03d}.txt").write_text("cat face")
     assert (
@@ -702,7 +706,7 @@ def test_models_that_are_not_here_are_one_line(flags, says, tmp_path, capsys, mo
     monkeypatch.setattr(
         "huggingface_hub.constants.HF_HUB_OFFLINE", True
     )  # which else tries for a minute
-    pictures(tmp_path / "some", 2)
+    write_images(tmp_path / "some", 2)
     assert run("eval", "--images", tmp_path / "some", *flags, "--out", tmp_path / "out") == 2
     printed = capsys.readouterr().err
     assert says in printed and printed.count("\n") == 1
@@ -765,13 +769,13 @@ def test_two_processes_get_the_numbers_of_one(class_runs, tmp_path):
     )  # to rounding: a process under torchrun has one thread
     assert one.keys() == two.keys() and report(tmp_path / "two")["processes"] == 2
     for label in one:
-        for name, figure in one[label].items():
+        for name, metric in one[label].items():
             assert two[label][name]["value"] == pytest.approx(
-                figure["value"], rel=1e-3, abs=1e-4
+                metric["value"], rel=1e-3, abs=1e-4
             ), (label, name)
 
 
-def test_other_settings_draw_other_pictures_and_keep_the_first_ones(class_runs, tmp_path):
+def test_other_settings_draw_other_images_and_keep_the_first_ones(class_runs, tmp_path):
     flags = ["--student", class_runs[0], *CLASSES, "--out", tmp_path]
     assert run("eval", *flags) == 0
     first, before = rows(tmp_path), len(list((tmp_path / "parts").iterdir()))
@@ -835,7 +839,7 @@ def test_a_checkpoint_of_a_lora_is_a_student_of_its_own_teacher_alone(tmp_path):
         students.load_student(tmp_path / "run" / "checkpoints" / "000002", model)
 
 
-def test_pictures_of_no_numbers_are_one_line(class_runs, tmp_path, capsys):
+def test_images_of_no_numbers_are_one_line(class_runs, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(class_runs[0], tmp_path / "run")
@@ -979,8 +983,8 @@ def test_bad_input(flags, says, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_embedded_set_judges_pictures_with_captions_only(tmp_path, capsys):
-    folder = pictures(tmp_path / "some", 2, size=64)
+def test_the_embedded_set_judges_images_with_captions_only(tmp_path, capsys):
+    folder = write_images(tmp_path / "some", 2, size=64)
     assert run("eval", "--protocol", "emoji", "--images", folder, "--out", tmp_path / "out") == 2
     assert "nothing in the embedded set is right for the prompt ''" in capsys.readouterr().err
     for i, caption in enumerate(("cat face", "red apple")):
@@ -991,8 +995,8 @@ def test_the_embedded_set_judges_pictures_with_captions_only(tmp_path, capsys):
     assert rows(tmp_path / "out")[str(folder)]["alignment"]["value"] == 1
 
 
-def test_pictures_without_captions_are_not_judged_by_them(clip_folder, tmp_path, capsys):
-    folder = pictures(tmp_path / "some", 3)
+def test_images_without_captions_are_not_judged_by_them(clip_folder, tmp_path, capsys):
+    folder = write_images(tmp_path / "some", 3)
     assert run("eval", "--images", folder, "--clip", clip_folder, "--out", tmp_path / "out") == 2
     assert (
         "--clip judges images by their captions, and 3 of 3 in" in capsys.readouterr().err
@@ -1036,8 +1040,8 @@ def test_students_of_different_teachers_need_one_to_be_named(class_runs, tmp_pat
     assert "the students have different teachers" in capsys.readouterr().err
 
 
-def test_corrupt_pictures_are_named_and_counted(tmp_path, capsys):
-    folder = pictures(tmp_path / "some", 150)
+def test_corrupt_images_are_named_and_counted(tmp_path, capsys):
+    folder = write_images(tmp_path / "some", 150)
     (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:40])
     assert run("eval", "--images", folder, "--out", tmp_path / "out") == 0
     found = report(tmp_path / "out")
@@ -1046,7 +1050,7 @@ def test_corrupt_pictures_are_named_and_counted(tmp_path, capsys):
     )
     assert "WARNING: 1 of 150 images" in (tmp_path / "out" / "table.txt").read_text()
     mean = rows(tmp_path / "out")[str(folder)]["mean"]["value"]
-    Image.new("RGB", (32, 32)).save(folder / "005.png")  # another picture under the name is noticed
+    Image.new("RGB", (32, 32)).save(folder / "005.png")  # another image under the name is noticed
     assert (
         run("eval", "--images", folder, "--out", tmp_path / "out") == 0
         and rows(tmp_path / "out")[str(folder)]["mean"]["value"] < mean
@@ -1059,11 +1063,12 @@ def test_corrupt_pictures_are_named_and_counted(tmp_path, capsys):
     )
 
 
-# ----------------------------------------------------------------------------- samplers of EDM's networks
+# ----------------------------------------------------------------------- samplers of EDM's networks
 
 
 def test_stochastic_sampler_is_edm_s():
-    """Algorithm 2 of 2206.00364 as it is printed, with the paper's numbers for ImageNet-64, on the embedded teacher."""
+    """Algorithm 2 of 2206.00364 as it is printed, with the paper's numbers for ImageNet-64, on the
+    embedded teacher."""
     assert (
         models.stochastic_levels(256).sigma[256:].max() == 80
     )  # beyond S_max nothing is added; below it 40 / 256

@@ -1,5 +1,5 @@
-"""Stable Diffusion 1.5 and XL: tiny pipelines of the real classes, written to disk in the real format
-and read back through the real code, beside plain diffusers."""
+"""Stable Diffusion 1.5 and XL: tiny pipelines of the real classes, written to disk in the real
+format and read back through the real code, beside plain diffusers."""
 
 import json
 import pickle

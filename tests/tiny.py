@@ -1,5 +1,5 @@
-"""Small pipelines of diffusers' real classes with random weights, written to disk in the real format,
-and commands that are called in this process."""
+"""Small pipelines of diffusers' real classes with random weights, written to disk in the real
+format, and commands that are called in this process."""
 
 import copy
 import importlib

@@ -5,10 +5,10 @@ A judge's file has
     FLAGS = {"--flag": {"metavar": "PATH", "help": "..."}}     its flags, as a literal; may be empty
     def make(args, setting): ...                               a list of judges, empty if not asked
 
-and a judge is called with a batch of images [(3, H, W), ...] in [0, 1] as they were drawn, with their
-protocol's views {"whole": (B, 3, h, w), ...}, and with their prompts. It gives {name: (B, ...)},
-something for each image; a (B,) becomes a metric of that name. judge.about says what it is, checksums
-of weights included. eval.py finds every file of this folder.
+and a judge is called with a batch of images [(3, H, W), ...] in [0, 1] as they were drawn, with
+their protocol's views {"whole": (B, 3, h, w), ...}, and with their prompts. It gives {name: (B,
+...)}, something for each image; a (B,) becomes a metric of that name. judge.about says what it is,
+checksums of weights included. eval.py finds every file of this folder.
 """
 
 import ast

@@ -60,8 +60,8 @@ class Clip:
         except LOADING_ERRORS as error:
             raise UserError(
                 f"{self.flag} {path} is not on this machine and cannot be fetched, or is no CLIP "
-                f"model of transformers: {first_line(error)}. Where there is a network: hf download "
-                f"{path} --local-dir DIR, then {self.flag} DIR"
+                f"model of transformers: {first_line(error)}. Where there is a network: hf "
+                f"download {path} --local-dir DIR, then {self.flag} DIR"
             ) from None
         self.name, self.device = name, device
         self.length = self.network.config.text_config.max_position_embeddings

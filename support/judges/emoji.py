@@ -14,7 +14,8 @@ EDGE_WEIGHT = 4.0  # edges are weaker than colours; times 4 both count alike
 
 def centred(images, size=32):
     """(N, 3, H, W) in [0, 1] -> (N, 3, size, size): the square around the ink, so that place and
-    size do not count. It spans all but the outer 1 % of the ink on each side, lest a speck decide."""
+    size do not count. It spans all but the outer 1 % of the ink on each side, lest a speck
+    decide."""
     ink = (images.amin(1) < 0.7).float()
     bounds = []
     for along in (2, 1):  # what is left is y first, then x
@@ -78,7 +79,8 @@ class EmojiJudge:
             if self.classes:
                 right = f"the classes 0 to {len(self.classes) - 1}"
             raise UserError(
-                f"nothing in the embedded set is right for the prompt {prompt!r}: prompts are {right}"
+                f"nothing in the embedded set is right for the prompt {prompt!r}: prompts are "
+                f"{right}"
             )
         return found
 

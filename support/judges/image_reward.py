@@ -29,8 +29,8 @@ class ImageReward:
         except ImportError as error:
             raise UserError(
                 "--image-reward needs a package that is not installed or cannot be imported "
-                f"({first_line(error)}): pip install image-reward, which itself needs OpenAI's clip "
-                "and a transformers before 5"
+                f"({first_line(error)}): pip install image-reward, which itself needs OpenAI's "
+                "clip and a transformers before 5"
             ) from None
         config = Path(path).parent / "med_config.json"
         beside = str(config) if Path(path).is_file() and config.is_file() else None

@@ -46,8 +46,8 @@ class Inception:
         path = Path(path)
         if not path.is_file():
             raise UserError(
-                f"there is no file of Inception weights at {path}: curl -LO {URL}, then --inception "
-                f"{Path(URL).name}"
+                f"there is no file of Inception weights at {path}: curl -LO {URL}, then "
+                f"--inception {Path(URL).name}"
             )
         read_weights(path, "the Inception network")  # torch-fidelity would execute what is in it
         make = fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3
