@@ -113,7 +113,9 @@ class Prompts:
 def training_prompts(path, model):
     """The prompts of a file; without one the model's own, else the embedded set's captions."""
     if path:
-        return Prompts(read_prompts(path))
+        prompts = read_prompts(path)
+        model.warn_of_cut(prompts)
+        return Prompts(prompts)
     if model.prompts:
         return Prompts(model.prompts)
     return Prompts(embedded.captions(), vary=True)
@@ -193,6 +195,8 @@ def real_data(model, path=None):
     else:
         real = ImageFolder(path, model)
     check_labels(model, real)
+    if model.labels is None:
+        model.warn_of_cut(real.captions_in_all())
     return real
 
 
@@ -209,6 +213,18 @@ def own_real_data(model):
         f"--gan-weight and --student-input data need real data, of which there is none for "
         f"{model.name}: name some by --real, or use --gan-weight 0 and --student-input backward"
     )
+
+
+FEW = 1000  # real images that a critic, or a student trained on them, soon knows by heart
+
+
+def warn_of_few(real):
+    """real: where count is 0 there is no end of it."""
+    if real is not None and 0 < real.count < FEW:
+        fsdp.print_main(
+            f"warning: --real holds {real.count} samples. With fewer than {FEW:,} the critic "
+            "learns them by heart, and the student loses variety, which no metric shows"
+        )
 
 
 def check_labels(model, real):
@@ -246,7 +262,7 @@ class ImageFolder:
         self.model = model
         self.reader = images.ImageReader(folder, model.image_size, labels=model.labels is not None)
         self.count = len(self.reader.entries)
-        self.digests = [self.reader.stamp(i) for i in range(0, self.count, self.count // 64 + 1)]
+        self.digests = [self.reader.digest()]
         self.read(0)
 
     def captions_in_all(self):
@@ -322,6 +338,8 @@ def make_pairs(out, config, model, batch_size=64):
             z = noise[part].float().to(model.device)
             with torch.no_grad():
                 x = models.deterministic_sample(x0_of, z, timesteps, model.schedule)
+            if not x.half().isfinite().all():
+                raise UserError("the teacher's samples hold NaN or infinity", status=1)
             x0.append(x.half().cpu())
             bar.update(len(x))
         return {"noise": noise, "x0": torch.cat(x0)}, texts, {}

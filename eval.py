@@ -83,10 +83,10 @@ def model_source(setting, sampler, key):
 
     def draw(start, stop):
         noise = sample.column_noise(model, stop - start, sampler.noises, args.seed, first=start)
-        made = model.decode(sampler.draw(noise, model.encode(prompts[start:stop])))
-        if not made.isfinite().all():
-            advice = " (--dtype float32 may help)" if args.dtype != "float32" else ""
-            raise UserError(f"{label}: its samples hold NaN or infinity{advice}", status=1)
+        try:
+            made = model.decode(sampler.draw(noise, model.encode(prompts[start:stop])))
+        except UserError as error:
+            raise UserError(f"{label}: {error}", error.status) from None
         return list(enumerate(made, start)), {}
 
     key = key | {"seed": args.seed, "dtype": args.dtype} | fingerprints(model)
@@ -227,6 +227,7 @@ class Setting:
                     "where COCO's are"
                 )
             known = read_prompts(args.prompts) if args.prompts else model.prompts
+            model.warn_of_cut(known)
             if model.labels is not None:
                 known = [str(model.label(prompt)) for prompt in known]
                 prompts = [known[i % len(known)] for i in range(count)]
@@ -400,8 +401,6 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     args.device, _ = models.device_and_dtype(args)
     fsdp.start("none", args.device)
-    if Path(args.out).is_file():
-        raise UserError(f"--out {args.out} is a file; it should be a folder")
     fsdp.broadcast_from_main(make_writable, args.out)
     try:
         evaluate(args)

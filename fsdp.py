@@ -83,7 +83,15 @@ def start(shard, device):
     if kind == "cuda":
         torch.cuda.set_device(device)
     limit = datetime.timedelta(seconds=TIMEOUT)
-    store, number, count = next(dist.rendezvous("env://", timeout=limit))
+    try:
+        store, number, count = next(dist.rendezvous("env://", timeout=limit))
+    except dist.DistNetworkError as error:
+        raise UserError(
+            f"the ranks cannot meet at {os.environ.get('MASTER_ADDR')}, port "
+            f"{os.environ.get('MASTER_PORT')} ({cli.first_line(error)}); is it in use by another "
+            "job? Name another port",
+            status=1,
+        ) from None
     # torchrun's store outlives a restart and would hand out the addresses of dead processes.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt-{attempt}", store)
@@ -234,6 +242,8 @@ def run(main):
     except UserError as error:
         leave(f"{os.path.basename(sys.argv[0])}: {error}", error.status)
     except Exception as error:
+        if cli.is_out_of_memory(error):
+            leave(f"rank {os.environ['RANK']}: {cli.MEMORY_ADVICE}", 1)
         leave(f"{traceback.format_exc()}rank {os.environ['RANK']} failed: {error}", 1)
     except KeyboardInterrupt:  # before the run has begun: it then has a handler of its own
         leave("interrupted", 130)

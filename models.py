@@ -546,6 +546,21 @@ class Model:
             for name, value in cond.items()
         }
 
+    def warn_of_cut(self, prompts, most=100_000):
+        """Say how many of the prompts are longer than the text encoder's input, which cuts them."""
+        tokenizer = getattr(self.pipe, "tokenizer", None)
+        prompts = list(prompts)[:most]
+        if tokenizer is None or not prompts:
+            return
+        lengths = [len(tokens) for tokens in tokenizer(prompts, verbose=False).input_ids]
+        longest = tokenizer.model_max_length
+        cut = sum(length > longest for length in lengths)
+        if cut:
+            fsdp.print_main(
+                f"{cut} of {len(prompts)} prompts are longer than {longest} tokens, the first and "
+                "the last of which mark the ends: their rest is cut off"
+            )
+
     @functools.cached_property
     def uncond(self):
         """No condition: the empty prompt. (1, ...)"""
@@ -573,8 +588,12 @@ class Model:
 
     @torch.no_grad()
     def decode(self, x, batch_size=64):
-        """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], on the CPU."""
+        """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], on the CPU. Raises UserError where
+        they are not finite: clamped, NaN would be black."""
         images = torch.cat([self.pixels(part).float().cpu() for part in x.split(batch_size)])
+        if not images.isfinite().all():
+            advice = "; --dtype float32 may help" if self.dtype != torch.float32 else ""
+            raise UserError(f"the samples hold NaN or infinity{advice}", status=1)
         return (images / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
@@ -661,6 +680,6 @@ def device_and_dtype(args):
 
 def check_device(device):
     try:
-        torch.empty(1, device=device)
+        (torch.ones(1, device=device) + 1).item()  # meta, which computes nothing, fails here
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used: {first_line(error)}") from None

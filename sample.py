@@ -31,7 +31,7 @@ import data
 import models
 from support import pictures, students
 from support.cli import UserError
-from support.prompt_files import read_prompts
+from support.prompt_files import is_prompt_file, read_prompts
 
 PROMPTS = [
     *("cat face with wry smile", "red apple", "crescent moon", "rocket"),
@@ -189,8 +189,11 @@ def load_teacher(args, config):
     if args.vae == "none":
         raise UserError("--vae none leaves out the decoder, without which there are no images")
     device, dtype = models.device_and_dtype(args)
+    path = data.model_path(args.model or config.get("model"))
+    if not args.model and Path(path).is_absolute() and not Path(path).exists():
+        raise UserError(f"the run's teacher, {path}, is gone: name its new place by --model")
     model = models.load_model(
-        data.model_path(args.model or config.get("model")),
+        path,
         device,
         dtype,
         vae=args.vae,
@@ -242,8 +245,9 @@ def load_teacher_and_students(args, paths):
 
 
 def chosen_prompts(words):
-    from_file = len(words) == 1 and words[0].endswith((".txt", ".pkl"))
-    prompts = read_prompts(words[0]) if from_file else list(words)
+    prompts = list(words)
+    if len(words) == 1 and is_prompt_file(words[0]):
+        prompts = read_prompts(words[0])
     if not any(prompt.strip() for prompt in prompts):
         raise UserError("--prompts holds no prompt")
     return prompts
@@ -280,6 +284,7 @@ def main(arguments=None):
     paths = args.compare or [args.student or flags.DEFAULT_RUN]
     model, loaded, guidance = load_teacher_and_students(args, paths)
     prompts = chosen or model.sample_prompts or PROMPTS
+    model.warn_of_cut(prompts)
     cond = model.encode(prompts)
 
     steps = {steps for student in loaded for steps in student.steps}

@@ -35,7 +35,6 @@ import models
 import sample
 from models import take
 from support import checkpoint, runlog, runs, students
-from support.cli import UserError
 from support.networks import Networks
 
 # Each paper's method is a preset of the switches; a flag on the command line overrides it.
@@ -412,46 +411,40 @@ def loop(nets, sources, config, args, start, log, gallery, tracker, stop):
         unit="it",
         disable=not fsdp.is_main(),
     )
-    for iteration in progress:
-        # Student step and fake-score step.
-        done = iteration + 1
-        try:
-            metrics = iterate(nets, sources, iteration, args)
+    with progress:
+        for iteration in progress:
+            # Student step and fake-score step.
+            done = iteration + 1
             last = done == args.iterations
-            row = log.add(done, metrics, last)
-        except fsdp.NotFinite as error:
-            progress.close()
-            students.write_student(args.out, nets, config)
-            raise UserError(
-                f"stopped at iteration {done}: {error}. The last good student is in "
-                f"{args.out}/student; to go on from the last checkpoint, more slowly: "
-                f"--resume {args.out} --learning-rate LOWER (or --clip)",
-                status=1,
-            ) from None
+            try:
+                metrics = iterate(nets, sources, iteration, args)
+                row = log.add(done, metrics, last)
+            except fsdp.NotFinite as error:
+                students.write_student(args.out, nets, config)  # the last good one
+                raise runlog.not_finite(args.out, done, error) from None
 
-        # Metrics.
-        if row:
-            log.check_health()
-            tracker.log(done, row)
-            shown = ("fake_loss", "std", "gap")
-            progress.set_postfix({name: f"{row[name]:.3f}" for name in shown if name in row})
+            # Metrics.
+            if row:
+                log.check_health(row, args)
+                tracker.log(done, row)
+                shown = ("fake_loss", "std", "gap")
+                progress.set_postfix({name: f"{row[name]:.3f}" for name in shown if name in row})
 
-        # Images, curves, checkpoint, student.
-        signal = fsdp.max_over_ranks(stop.signal)
-        if done % args.save_every == 0 or last:
-            tracker.log(done, {}, gallery.draw(done))
-            log.draw_curves()
-        if done % args.save_every == 0 or last or signal:
-            manifest = runs.about(nets, sources) | {"iteration": done, "config": config}
-            checkpoint.save(args.out, nets.tensors(), manifest, args.keep)
-            students.write_student(args.out, nets, config)
-        if signal and not last:
-            progress.close()
-            fsdp.print_main(
-                f"interrupted after {done} of {args.iterations} iterations; "
-                f"go on with --resume {args.out}"
-            )
-            raise SystemExit(128 + signal)
+            # Images, curves, checkpoint, student.
+            signal = fsdp.max_over_ranks(stop.signal)
+            if done % args.save_every == 0 or last:
+                tracker.log(done, {}, gallery.draw(done))
+                log.draw_curves()
+            if done % args.save_every == 0 or last or signal:
+                manifest = runs.about(nets, sources) | {"iteration": done, "config": config}
+                checkpoint.save(args.out, nets.tensors(), manifest, args.keep)
+                students.write_student(args.out, nets, config)
+            if signal and not last:
+                fsdp.print_main(
+                    f"interrupted after {done} of {args.iterations} iterations; "
+                    f"go on with --resume {args.out}"
+                )
+                raise SystemExit(128 + signal)
 
 
 # ----------------------------------------------------------------------------- from flags to a run
@@ -494,6 +487,7 @@ def prepare(args, load_model=models.load_model, mesh=None):
     fsdp.local_slice(args.batch_size)
     runlog.import_tracker(args.track)
     sources = open_sources(model, args)
+    data.warn_of_few(sources.real)
     nets = Networks(model, args, mesh)
     if args.mean_variance_weight > 0:
         nets.mean_variance_target = sample.teacher_statistics(model, sources.prompts, args)
@@ -504,16 +498,13 @@ def main(arguments=None, load_model=models.load_model, make_gallery=runlog.Galle
     args = parse_arguments(arguments)
     mesh = fsdp.start(args.shard, fsdp.own_device(args.device))
     args = fsdp.broadcast_from_main(lambda: args)  # another node may see an older config.json
-    fsdp.broadcast_from_main(checkpoint.prepare_run_directory, args.out, args.resume, 0)
-    try:
+    with checkpoint.locked(args.out):
+        fsdp.broadcast_from_main(checkpoint.prepare_run_directory, args.out, args.resume, 0)
         nets, sources = prepare(args, load_model, mesh)
-    except UserError:
-        checkpoint.remove_if_empty(args.out)
-        raise
-    needed = (args.keep + 1) * runlog.checkpoint_bytes(nets)
-    fsdp.broadcast_from_main(checkpoint.prepare_run_directory, args.out, args.resume, needed)
-    runlog.describe(nets, sources, args)
-    train(nets, sources, runs.configuration(args), args, make_gallery)
+        needed = (args.keep + 1) * runlog.checkpoint_bytes(nets)
+        fsdp.broadcast_from_main(checkpoint.prepare_run_directory, args.out, args.resume, needed)
+        runlog.describe(nets, sources, args)
+        train(nets, sources, runs.configuration(args), args, make_gallery)
     return nets, args
 
 

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 
 import fsdp
 from support.cli import UserError, first_line
+from support.weights import read_json
 
 # What torch warns of when it saves or loads without a process group; here that is normal.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -41,9 +42,7 @@ NO_MANIFEST = "its manifest.json is missing or not what was written"
 def prepare_run_directory(out, resume, bytes_needed):
     """Make sure, before anything is computed, that the run can be written and no run is lost."""
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file")
-    if not resume and out.is_dir() and any(out.iterdir()):
+    if not resume and out.is_dir() and any(path.name != ".lock" for path in out.iterdir()):
         raise UserError(
             f"{out} is not empty: go on with its run by --resume {out}, choose another --out, "
             "or delete it"
@@ -61,13 +60,39 @@ def prepare_run_directory(out, resume, bytes_needed):
         )
 
 
-def remove_if_empty(out):
-    """A run that is refused leaves no directory behind."""
-    with contextlib.suppress(OSError):
-        Path(out).rmdir()
+@contextlib.contextmanager
+def locked(out):
+    """Hold a run directory for one run at a time, on the main rank. A run that was refused leaves
+    no directory behind. A killed run's lock ends with its process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        fcntl = None
+    if not fsdp.is_main() or fcntl is None:
+        yield
+        return
+    make_writable(out)
+    path = Path(out) / ".lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(f"{out} is in use by another run, {file.read().strip()}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                Path(out).rmdir()
 
 
 def make_writable(out):
+    if Path(out).exists() and not Path(out).is_dir():
+        raise UserError(f"--out {out} is a file; it should be a folder")
     probe = Path(out) / f".probe-{os.getpid()}"
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -159,13 +184,10 @@ def write_config(out, config):
 def read_config(out):
     """The flags in a run's config.json."""
     path = Path(out) / "config.json"
-    try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        why = "there is no such directory"
-        if path.parent.is_dir():
-            why = f"{path} is damaged" if path.is_file() else "it has no config.json"
-        raise UserError(f"there is no run to resume at {out}: {why}") from None
+    if not path.exists():
+        why = "it has no config.json" if path.parent.is_dir() else "there is no such directory"
+        raise UserError(f"there is no run to resume at {out}: {why}")
+    config = read_json(path)
     config.pop("launch", None)
     return config
 
@@ -175,8 +197,8 @@ def restarted_by_torchrun(out):
     path = Path(out) / "config.json"
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not path.is_file():
         return False
-    with contextlib.suppress(ValueError, AttributeError):
-        return json.loads(path.read_text()).get("launch") == launch_name()
+    with contextlib.suppress(UserError):
+        return read_json(path).get("launch") == launch_name()
     return False
 
 
@@ -186,7 +208,7 @@ def restarted_by_torchrun(out):
 def complete_checkpoints(out):
     """Newest first."""
     folders = (Path(out) / "checkpoints").glob("*")
-    named = [folder for folder in folders if re.fullmatch(r"\d+", folder.name)]
+    named = [path for path in folders if re.fullmatch(r"[0-9]+", path.name) and path.is_dir()]
     return sorted(named, key=lambda folder: int(folder.name), reverse=True)
 
 
@@ -240,11 +262,16 @@ def newest_whole(out):
 def read_manifest(folder):
     """None if it is not what was written."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        good = manifest.pop("sha256") == text_digest(manifest)
-        good = good and manifest["iteration"] == int(folder.name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        good = False
+        manifest = read_json(folder / "manifest.json")
+    except UserError:
+        return None
+    good = manifest.pop("sha256", None) == text_digest(manifest)
+    good = good and manifest.get("iteration") == int(folder.name)
+    for name, kind in (("files", dict), ("config", dict), ("network", dict), ("data", dict)):
+        good = good and isinstance(manifest.get(name), kind)
+    for name, entry in manifest["files"].items() if good else ():
+        right = isinstance(entry, list) and [type(value) for value in entry] == [int, str]
+        good = good and right and Path(name).name == name
     return manifest if good else None
 
 

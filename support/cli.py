@@ -17,6 +17,34 @@ class UserError(Exception):
         self.status = status
 
 
+# What other programs call our flags.
+ALIASES = {
+    "--lr": "--learning-rate",
+    "--bs": "--batch-size",
+    "--train-batch-size": "--batch-size",
+    "--steps": "--student-steps",
+    "--num-steps": "--student-steps",
+    "--num-inference-steps": "--steps",
+    "--epochs": "--iterations",
+    "--max-steps": "--iterations",
+    "--max-train-steps": "--iterations",
+    "--cfg": "--guidance",
+    "--cfg-scale": "--guidance",
+    "--guidance-scale": "--guidance",
+    "--output": "--out",
+    "--output-dir": "--out",
+    "--teacher": "--model",
+    "--pretrained-model-name-or-path": "--model",
+    "--gradient-accumulation-steps": "--micro-batch",
+    "--gradient-checkpointing": "--activation-checkpointing",
+    "--mixed-precision": "--dtype",
+    "--rank": "--lora",
+    "--ema-decay": "--ema",
+    "--max-grad-norm": "--clip",
+    "--report-to": "--track",
+}
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         text = action.help or ""
@@ -53,11 +81,18 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, arguments=None, namespace=None):
         args, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
-            known = [flag for action in self._actions for flag in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
-            hint = f", did you mean {close[0]}?" if close else ", see --help"
-            self.error(f"unknown argument {unknown[0]}{hint}")
+            self.error(f"unknown argument {unknown[0]}{self.hint(unknown[0])}")
         return args
+
+    def hint(self, word):
+        """What was meant by a word that is no flag."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        if word.endswith(".args"):
+            return f", did you mean @{word}?"
+        flag = word.split("=")[0].replace("_", "-")
+        meant = [ALIASES.get(flag), flag, *difflib.get_close_matches(flag, known, 1)]
+        found = [flag for flag in meant if flag in known]
+        return f", did you mean {found[0]}?" if found else ", see --help"
 
     def error(self, message):
         if message.startswith("[Errno"):  # argparse's words for an @FILE that it cannot open
@@ -158,7 +193,10 @@ def check_choice(flag, value, choices):
 
 def first_line(error):
     """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    if lines[0].endswith(":") and len(lines) > 1:
+        return f"{lines[0]} {lines[1].strip()}"
+    return lines[0]
 
 
 def run(main):
@@ -171,3 +209,21 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {MEMORY_ADVICE}", file=sys.stderr)
+        sys.exit(1)
+
+
+MEMORY_ADVICE = (
+    "out of memory: train with a smaller --micro-batch, --activation-checkpointing, --lora or more "
+    "GPUs; draw with a smaller --batch-size"
+)
+
+
+def is_out_of_memory(error):
+    """Of Python, of a GPU or of the CPU's allocator."""
+    words = ("CUDA out of memory", "not enough memory", "can't allocate memory")
+    names = ("MemoryError", "OutOfMemoryError")
+    return type(error).__name__ in names or any(word in str(error) for word in words)

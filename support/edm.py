@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from support import cli
 from support.cli import UserError, first_line
-from support.weights import read_json
+from support.weights import check_finite, load_pretrained, read_json
 
 SIGMA_DATA = 0.5
 
@@ -135,6 +135,7 @@ def read_pickle(path):
             f"the model {path} is not EDM's network with the ADM architecture: "
             "it has no map_layer0 or out_conv"
         )
+    check_finite(tensors, path)
     return tensors
 
 
@@ -388,7 +389,8 @@ def load_network(path):
     if not Path(path).is_dir():
         return network_of(read_pickle(path))
     try:
-        network = UNet2DModel.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False)
+        options = {"use_safetensors": True, "low_cpu_mem_usage": False}
+        network = load_pretrained(UNet2DModel, path, **options)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model {path} cannot be loaded: {first_line(error)}") from None
     config = network.config

@@ -206,6 +206,7 @@ def add_run_flags(group):
         metavar="N",
         help="iterations between checkpoints, images and curves",
     )
+    add("--keep-going", action="store_true", help="do not stop when the student has collapsed")
     add("--keep", type=cli.positive, default=2, metavar="N", help="newest checkpoints to keep")
     add(
         "--shard",
@@ -234,6 +235,19 @@ def parse_train(doc, presets, arguments=None):
     return parser.parse_args(arguments)
 
 
+def checked_flags(config, where):
+    """{name: value} of a run's saved flags, as the parser reads them. Those that it does not know,
+    of an earlier version, are left out."""
+    known = {action.dest for action in train_parser("")._actions}
+    config = {name: value for name, value in config.items() if name in known - {*UNSAVED, "help"}}
+    arguments = saved_as_arguments(config, "", where)
+    try:
+        args = train_parser("").parse_args(arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return {name: getattr(args, name) for name in config}
+
+
 def saved_as_arguments(config, doc, where):
     """A run's saved flags as a command line. They go through the parser that the command line goes
     through, so a file in a run directory can say no more than a user could."""
@@ -243,8 +257,12 @@ def saved_as_arguments(config, doc, where):
         if name not in actions or name in UNSAVED or name == "help":
             raise UserError(f"{where} has a flag that is not known: {name}")
         flag = actions[name].option_strings[0]
+        if isinstance(value, dict) or len(str(value)) > 10_000:
+            raise UserError(f"{where}: {name} should be a word or a number")
         if isinstance(actions[name], argparse.BooleanOptionalAction):
             arguments.append(flag if value else flag.replace("--", "--no-", 1))
+        elif actions[name].nargs == 0:
+            arguments += [flag] * bool(value)
         elif isinstance(value, list):
             numbers = all(isinstance(number, (int, float)) for number in value)
             if not numbers:

@@ -1,7 +1,10 @@
 """Image files: finding them with their captions, opening and cropping them."""
 
+import hashlib
 import io
 import json
+import math
+import os
 import zipfile
 from pathlib import Path
 
@@ -10,10 +13,46 @@ import torch
 from PIL import Image, ImageOps
 
 import fsdp
-from support.cli import UserError
+from support.cli import UserError, first_line
+from support.weights import DATA_BYTES, read_text
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi"),
+)
+BESIDES = (".txt", ".json", ".jsonl", ".csv", ".md", ".html", ".parquet")  # of what lies there too
 BAD_SHARE = 0.01  # of a folder's images that may be damaged or without a caption
+LARGEST_RATIO = 20  # of an image's sides
+LARGEST_FILE = 2**28  # bytes that a file in an archive may unpack to
+
+
+def files_in(folder):
+    """All files below a folder, linked folders too, but none that is hidden, as a Mac's ._x.png."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [Path(place) / name for name in sorted(names) if name[0] != "."]
+    return found
+
+
+def images_in(folder):
+    """The image files below a folder. What else is there is counted and named."""
+    files = files_in(folder)
+    found = [file for file in files if file.suffix.lower() in SUFFIXES]
+    others = [file for file in files if file.suffix.lower() not in (*SUFFIXES, *BESIDES)]
+    say_left_out(folder, others, "are no images by their names")
+    return found
+
+
+def say_left_out(folder, files, why):
+    if files:
+        listed = ", ".join(file.name for file in files[:3]) + ", ..." * (len(files) > 3)
+        fsdp.print_main(f"{folder}: {len(files)} files {why} and left out: {listed}")
 
 
 def list_images(folder, labels=False):
@@ -26,11 +65,13 @@ def list_images(folder, labels=False):
         raise UserError(f"there is no folder of images {folder}")
     if (folder / "metadata.jsonl").is_file():
         found = list_metadata(folder)
+        listed = {file for file, _ in found}
+        rest = [file for file in images_in(folder) if file not in listed]
+        say_left_out(folder, rest, "are not in metadata.jsonl")
     elif labels:
         found = list_classes(folder)
     else:
-        files = [file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES]
-        found = [(file, caption_beside(file)) for file in files]
+        found = [(file, caption_beside(file)) for file in images_in(folder)]
     if not found:
         where = "in folders, one for each class" if labels else "there"
         raise UserError(f"{folder} holds no images {where}")
@@ -45,8 +86,7 @@ def list_classes(folder):
     classes = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
     found = []
     for label, path in enumerate(sorted(classes)):
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        found += [(file, str(label)) for file in files]
+        found += [(file, str(label)) for file in images_in(path)]
     return found
 
 
@@ -54,24 +94,27 @@ def caption_beside(file):
     text = file.with_suffix(".txt")
     if not text.is_file():
         return None
-    return text.read_text(encoding="utf-8", errors="replace").strip()
+    try:
+        return read_text(text).strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"the caption {text} cannot be read: {first_line(error)}") from None
 
 
 def list_metadata(folder):
-    found = []
+    file, found = folder / "metadata.jsonl", []
     try:
-        for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
+        for number, line in enumerate(read_text(file, DATA_BYTES).split("\n"), start=1):
             if not line.strip():
                 continue
             row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                raise ValueError(f"line {number} has no file_name")
             texts = [row.get(name) for name in ("text", "caption", "prompt")]
             captions = [text for text in texts if isinstance(text, str)]
             found.append((folder / row["file_name"], captions[0] if captions else None))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder / 'metadata.jsonl'} should have lines with file_name and text: "
-            f"{type(error).__name__} {error}"
-        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        why = first_line(error)
+        raise UserError(f"{file} should have lines with file_name and text: {why}") from None
     return found
 
 
@@ -80,12 +123,14 @@ def list_archive(path):
     null."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if archive.getinfo("dataset.json").file_size > DATA_BYTES:
+                raise ValueError(f"its dataset.json unpacks to more than {DATA_BYTES:,} bytes")
             labels = json.loads(archive.read("dataset.json"))["labels"]
             if labels is None:
                 names = [n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES]
                 return [(name, None) for name in sorted(names)]
             return sorted((str(name), str(int(label))) for name, label in labels)
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive can fail in any way
         raise UserError(
             f"{path} is no archive of images with a dataset.json of labels: "
             f"{type(error).__name__} {error}"
@@ -106,21 +151,40 @@ def crop_as_adm(image, size):
 
 
 def crop_as_stable_diffusion(image, size):
-    """Resized until the shorter side fits, then cut around the centre."""
-    width, height = image.size
-    if width <= height:
-        fitted = (size, int(size * height / width))
-    else:
-        fitted = (int(size * width / height), size)
-    left, top = round((fitted[0] - size) / 2), round((fitted[1] - size) / 2)
-    resized = image.resize(fitted, Image.Resampling.LANCZOS)
-    return resized.crop((left, top, left + size, top + size))
+    """The largest square around the centre, by Lanczos."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
 
 
 def open_image(file):
-    """PIL, RGB, upright. PIL has many errors for a damaged file."""
-    with Image.open(file) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    """PIL, RGB, as a viewer shows it: upright, 16 bits as 8, transparency over white, of several
+    frames the first. PIL has many errors for a damaged file; ValueError where it is too thin."""
+    if isinstance(file, Path) and not file.is_file():
+        raise ValueError("it is no regular file")
+    with Image.open(file) as opened:
+        if max(opened.size) > LARGEST_RATIO * min(opened.size):
+            width, height = opened.size
+            raise ValueError(f"{width}x{height} is thinner than {LARGEST_RATIO} to 1")
+        image = ImageOps.exif_transpose(opened)
+    if image.mode == "F" or image.mode[0] == "I":
+        image = eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def eight_bits(image):
+    """Grey of 16 bits, which Pillow may hold in 32, or of floats from 0 to 1 -> grey of 8."""
+    values = np.asarray(image).astype(np.float64)
+    most = 1 if image.mode == "F" else 65535
+    if not (values.min() >= 0 and values.max() <= most):
+        low, high = values.min(), values.max()
+        raise ValueError(f"its values are {low:g} to {high:g}; 0 to {most} are understood")
+    return Image.fromarray((values * 255 / most).round().astype(np.uint8))
 
 
 def as_tensor(image):
@@ -139,7 +203,11 @@ class ImageFiles:
     def file(self, i):
         """What PIL can open."""
         file = self.entries[i][0]
-        return io.BytesIO(self.archive.read(file)) if self.archive else file
+        if not self.archive:
+            return file
+        if self.archive.getinfo(file).file_size > LARGEST_FILE:
+            raise ValueError(f"it unpacks to more than {LARGEST_FILE:,} bytes")
+        return io.BytesIO(self.archive.read(file))
 
     def stamp(self, i):
         """What changes when the file does."""
@@ -147,6 +215,23 @@ class ImageFiles:
         if self.archive:
             return self.archive.getinfo(file).CRC if file in self.archive.NameToInfo else 0
         return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else 0
+
+    def digest(self):
+        """What changes when the images do: names, sizes and captions of all, and the contents of
+        sixteen. A copy of the folder has the same."""
+        sha, count = hashlib.sha256(), len(self.entries)
+        for file, caption in self.entries:
+            name, size = file, 0
+            if self.archive is None:
+                name = os.path.relpath(file, self.folder)
+                size = file.stat().st_size if file.is_file() else 0
+            elif file in self.archive.NameToInfo:
+                size = self.archive.getinfo(file).CRC
+            sha.update(json.dumps([str(name), size, caption]).encode())
+        for i in range(0, count, math.ceil(count / 16)):
+            if self.archive is None and self.entries[i][0].is_file():
+                sha.update(self.entries[i][0].read_bytes())
+        return sha.hexdigest()
 
 
 class ImageReader(ImageFiles):

@@ -2,12 +2,14 @@
 
 import inspect
 import re
+import sys
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from support.cli import UserError, first_line
-from support.weights import read_json
+from support.weights import check_finite, load_pretrained, read_json
 
 # Parts of pipelines that nothing here needs.
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
@@ -40,14 +42,96 @@ def open_pipeline(path, known, vae=None, config=None):
     try:
         if Path(path).is_file():
             pipe = load_single_file(path, pipeline_class, config, parts)
+            for name, part in pipe.components.items():
+                if isinstance(part, torch.nn.Module):
+                    check_finite(dict(part.named_parameters()), f"the {name} of {path}")
         else:
-            pipe = pipeline_class.from_pretrained(
-                path, use_safetensors=True, low_cpu_mem_usage=False, **parts
-            )
+            for name, part_class in network_classes(path, index).items():
+                if name not in parts and name in accepted:
+                    parts[name] = load_part(part_class, path, name)
+            pipe = pipeline_class.from_pretrained(path, **parts)
     except LOADING_ERRORS as error:
         raise UserError(f"the model {path} cannot be loaded: {first_line(error)}") from None
     check_network(getattr(pipe, "unet", None), path)
+    for name, part in pipe.components.items():
+        if name.startswith("tokenizer") and part is not None:
+            encoder = pipe.components.get(name.replace("tokenizer", "text_encoder"))
+            set_length(part, encoder)
     return kind, pipe
+
+
+def set_length(tokenizer, encoder):
+    """A tokenizer without a model_max_length would pad to 10^30 tokens: as many as its encoder has
+    positions."""
+    most = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+    if most and tokenizer.model_max_length > most:
+        tokenizer.model_max_length = most
+
+
+def network_classes(path, index):
+    """{name of a part: class} of a pipeline's networks. The index may name classes of diffusers and
+    transformers only: diffusers would import any module that it names."""
+    import diffusers
+    import transformers
+
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    found = {}
+    for name, part in index.items():
+        if name[0] == "_" or name in UNUSED_PARTS or not isinstance(part, list):
+            continue
+        library, class_name = part if len(part) == 2 else (None, part)
+        if library is None and class_name is None:
+            continue
+        part_class = getattr(libraries.get(library), str(class_name), None)
+        if not isinstance(part_class, type):
+            raise UserError(f"{path}: its {name} is of an unknown class, {library} {class_name}")
+        if issubclass(part_class, torch.nn.Module):
+            found[name] = part_class
+    return found
+
+
+def load_part(part_class, path, name):
+    """A network of a pipeline, in the one variant that is there: whole or fp16."""
+    import diffusers
+
+    options = {"use_safetensors": True}
+    if issubclass(part_class, diffusers.ModelMixin):
+        options["low_cpu_mem_usage"] = False
+    files = [file.name for file in (Path(path) / name).glob("*")]
+    plain = [file for file in files if file.endswith(".safetensors") and ".fp16." not in file]
+    if Path(path).is_dir() and not plain:
+        if not any(".fp16." in file and file.endswith(".safetensors") for file in files):
+            others = [file for file in files if Path(file).suffix in (".bin", ".ckpt", ".pt")]
+            hint = f"; {others[0]} is not read: convert it to .safetensors" if others else ""
+            raise UserError(f"{path}/{name} holds no weights in .safetensors files{hint}")
+        print(f"{path}/{name}: only its fp16 variant is there; it is used", file=sys.stderr)
+        options["variant"] = "fp16"
+    try:
+        return load_pretrained(part_class, path, name, **options)
+    except OSError:
+        if Path(path).is_dir() or "variant" in options:
+            raise
+        return load_pretrained(part_class, path, name, variant="fp16", **options)  # on the hub
+
+
+def find_on_hub(path):
+    """Ask once for what is neither a folder nor fetched already: the libraries would go on asking
+    for a minute, and then say that a file is missing. Raises OSError."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cached = huggingface_hub.try_to_load_from_cache
+    files = ("model_index.json", "config.json")
+    if Path(path).exists() or any(isinstance(cached(path, file), str) for file in files):
+        return
+    try:
+        huggingface_hub.model_info(path, timeout=10)
+    except HfHubHTTPError as error:
+        raise OSError(f"the hub does not give it: {first_line(error)[:100]}") from None
+    except Exception as error:  # there are many for a network
+        raise OSError(
+            f"it is not on this machine, and the hub cannot be reached ({first_line(error)[:100]})"
+        ) from None
 
 
 def pipeline_kind(path, known):
@@ -62,20 +146,21 @@ def pipeline_kind(path, known):
     if Path(path).is_dir():
         if not (Path(path) / "model_index.json").is_file():
             raise UserError(f"{path} is no diffusers pipeline: it has no model_index.json")
-        config = read_json(Path(path) / "model_index.json")
+        index = read_json(Path(path) / "model_index.json")
     else:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             raise UserError(
                 f"there is no model directory or file {path}, and it is no hub id (owner/name)"
             )
         try:
-            config = DiffusionPipeline.load_config(path)
+            find_on_hub(path)
+            index = DiffusionPipeline.load_config(path)
         except (OSError, ValueError) as error:
             raise UserError(f"the model {path} cannot be loaded: {first_line(error)}") from None
-    kind = config.get("_class_name")
-    if kind not in known:
+    kind = index.get("_class_name")
+    if not isinstance(kind, str) or kind not in known:
         raise UserError(f"{path} is a {kind}; supported are {', '.join(known)}")
-    return kind, config
+    return kind, index
 
 
 def names_in_file(path):
@@ -118,10 +203,11 @@ def load_vae(path):
     import diffusers
 
     try:
+        find_on_hub(path)
         kind = diffusers.AutoencoderKL.load_config(path).get("_class_name")
         if kind not in ("AutoencoderKL", "AutoencoderTiny"):
             raise UserError(f"--vae {path} holds a {kind}, not an AutoencoderKL or AutoencoderTiny")
-        return getattr(diffusers, kind).from_pretrained(path, low_cpu_mem_usage=False)
+        return load_pretrained(getattr(diffusers, kind), path, low_cpu_mem_usage=False)
     except LOADING_ERRORS as error:
         raise UserError(f"--vae {path} cannot be loaded: {first_line(error)}") from None
 

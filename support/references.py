@@ -14,6 +14,7 @@ from support.judging import folder_source, judge_source, read_parts
 from support.metrics import Gaussian
 from support.report import warnings_text
 
+LARGEST_FILE = 2**32  # bytes that a file of statistics may unpack to
 REFERENCE_FEATURES = 50_000  # the most of a reference's images for kid, precision and recall
 
 
@@ -66,6 +67,8 @@ def of_file(path, setting):
     """The same of an .npz, EDM's or one that `write` wrote."""
     try:
         with np.load(path, allow_pickle=False) as archive:
+            if sum(entry.file_size for entry in archive.zip.infolist()) > LARGEST_FILE:
+                raise ValueError(f"it unpacks to more than {LARGEST_FILE:,} bytes")
             arrays = {name: archive[name] for name in archive.files}
         about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
         arrays = {name: torch.from_numpy(values) for name, values in arrays.items()}

@@ -15,6 +15,7 @@ import transformers
 import fsdp
 from support import judges
 from support.metrics import COVERAGE_REPEATS, Metric, fidelity_or_none
+from support.runlog import is_row
 from support.weights import fingerprints
 
 # ----------------------------------------------------------------------------- tables
@@ -87,10 +88,10 @@ def health_of(path):
     last = int(path.name) if run != path else math.inf
     rows = []
     if (run / "metrics.jsonl").is_file():
-        for line in (run / "metrics.jsonl").read_text().splitlines():
+        for line in (run / "metrics.jsonl").read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):  # a run may be writing its last line
                 rows.append(json.loads(line))
-    rows = [row for row in rows if row["iteration"] <= last][-50:]
+    rows = [row for row in rows if is_row(row) and row["iteration"] <= last][-50:]
     means = {}
     for name in ("std", "gap", "cosine", "dm", "ca", "logit_accuracy", "fake_loss"):
         values = [row[name] for row in rows if name in row]

@@ -31,6 +31,7 @@ HEALTHY = {
         "the fake score lags behind: try a higher --fake-updates or a lower --learning-rate",
     ),
 }
+COLLAPSED = 10.0  # times the teacher's std: nothing is left to be saved
 CURVES = ("fake_loss", "dm", "ca", "std", "gap", "cosine", "student_grad_norm", "logit_accuracy")
 
 
@@ -57,6 +58,21 @@ def checkpoint_bytes(nets):
     return total
 
 
+def is_row(row):
+    """Whether that is what Log.add writes."""
+    numbers = isinstance(row, dict) and all(type(x) in (int, float) for x in row.values())
+    return numbers and {"iteration", "seconds"} <= row.keys()
+
+
+def not_finite(out, iteration, error):
+    return UserError(
+        f"stopped at iteration {iteration}: {error}. The last good student is in {out}/student; to "
+        f"go on from the last checkpoint, more slowly: --resume {out} --learning-rate LOWER (or "
+        "--clip)",
+        status=1,
+    )
+
+
 class Log:
     """metrics.jsonl, a row of means every ten iterations and at the end; curves.png; and one
     warning for each health metric that leaves its range. All ranks keep the rows, the main rank
@@ -76,10 +92,12 @@ class Log:
     def read(self, iteration):
         """The rows up to the checkpoint that the run goes on from."""
         rows = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+        for line in (
+            self.path.read_text(errors="replace").splitlines() if self.path.exists() else ()
+        ):
             with contextlib.suppress(ValueError):  # a kill may leave the last line unfinished
                 rows.append(json.loads(line))
-        return [row for row in rows if row["iteration"] <= iteration]
+        return [row for row in rows if is_row(row) and row["iteration"] <= iteration]
 
     def add(self, iteration, metrics, last=False):
         """Keep an iteration's metrics. Returns a row where one is due, of means over the ranks."""
@@ -101,8 +119,17 @@ class Log:
                 file.write(json.dumps(row) + "\n")
         return row
 
-    def check_health(self):
-        """By means over the last 50 rows, so that one odd batch raises no alarm."""
+    def check_health(self, row, args):
+        """Warn by means over the last 50 rows, so that one odd batch raises no alarm; stop a run
+        whose samples' spread is far beyond the teacher's."""
+        if row.get("std", 0) > COLLAPSED * self.teacher_std and not args.keep_going:
+            raise UserError(
+                f"stopped at iteration {row['iteration']}: the student has collapsed, the std of "
+                f"its samples is {row['std']:.3g} and of the teacher's {self.teacher_std:.3g}. "
+                f"{args.out}/student is of the last save; try a lower --learning-rate or "
+                "--guidance, or --keep-going",
+                status=1,
+            )
         for name, (low, high, meaning) in HEALTHY.items():
             values = [row[name] for row in self.rows[-50:] if name in row]
             if not values or name in self.warned:
@@ -218,12 +245,14 @@ def import_tracker(name):
 
 
 class StopAtSignal:
-    """Ctrl-C and SIGTERM are noted and obeyed between two iterations; a second one stops at once.
-    `signal` is its number, 0 for none."""
+    """Ctrl-C, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (SLURM's warning) are noted and
+    obeyed between two iterations; a second one stops at once. `signal` is its number, 0 for
+    none."""
 
     def __enter__(self):
         self.signal = 0
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         self.before = {number: signal.signal(number, self.note) for number in numbers}
         return self
 
@@ -231,7 +260,8 @@ class StopAtSignal:
         self.signal = number
         if fsdp.is_main():  # not by print, which the signal may have interrupted
             text = b"\nstopping after this iteration and a save; once more stops at once\n"
-            os.write(2, text)
+            with contextlib.suppress(OSError):  # of a terminal that is closed
+                os.write(2, text)
         for handled in self.before:
             signal.signal(handled, signal.SIG_DFL)
 

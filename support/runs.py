@@ -24,6 +24,7 @@ def parse_arguments(doc, presets, arguments=None):
     saved = {}
     if resumes:
         saved = read_saved(out, said.variant)
+        flags.checked_flags(saved, out / "config.json")
         words = flags.saved_as_arguments(saved, doc, out / "config.json")
         arguments = words + arguments
     args = flags.parse_train(doc, presets, arguments)

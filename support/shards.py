@@ -14,8 +14,10 @@ from tqdm import tqdm
 import fsdp
 from support.checkpoint import differing, make_writable, replace_file, replace_text
 from support.cli import UserError
+from support.weights import read_json
 
 SHARD = 256
+NOT_AS_WRITTEN = (KeyError, TypeError, ValueError, AttributeError)  # of a header
 
 
 # ----------------------------------------------------------------------------- one shard
@@ -24,7 +26,11 @@ SHARD = 256
 def about_shard(archive):
     """{"prompts": [...], "left_out": {file: why}, "sha256": ...}, one entry of the header: the
     order of several entries would be left to chance."""
-    return json.loads(archive.metadata()["about"])
+    about = json.loads(archive.metadata()["about"])
+    texts = [*about["prompts"], *about["left_out"], *about["left_out"].values(), about["sha256"]]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("its header holds something that is no text")
+    return about
 
 
 def shard_digest(tensors, prompts):
@@ -53,7 +59,7 @@ def read_shard(file, names=None):
             tensors = {name: archive.get_tensor(name) for name in names or archive.keys()}
             about = about_shard(archive)
         good = about["sha256"] == shard_digest(tensors, about["prompts"])
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (OSError, SafetensorError, RecursionError, *NOT_AS_WRITTEN) as error:
         what = " and ".join(names or ["tensors"])
         raise UserError(f"{file} is damaged or holds no {what}: {type(error).__name__}") from None
     if not good or any(len(tensor) != len(about["prompts"]) for tensor in tensors.values()):
@@ -72,9 +78,11 @@ class Shards:
         """made_by: fingerprint of the weights they must be made by; None where that is open."""
         self.model, self.names = model, names
         try:
-            self.config = json.loads((Path(folder) / "config.json").read_text())
-            count = int(self.config["count"])
-        except (OSError, ValueError, TypeError, KeyError):
+            self.config = read_json(Path(folder) / "config.json")
+            count = self.config["count"]
+            if type(count) is not int or not 0 < count <= 10**9:
+                raise ValueError
+        except (UserError, ValueError, KeyError):
             raise UserError(f"there are no {what} in {folder}: make them with {command}") from None
         if made_by and self.config.get("made_by") != made_by:
             raise UserError(
@@ -170,10 +178,7 @@ def check_same_config(out, config):
     """What is gone on with must be the same thing; of pairs there may be more."""
     if not (out / "config.json").is_file():
         return
-    try:
-        saved = json.loads((out / "config.json").read_text())
-    except ValueError:
-        raise UserError(f"{out / 'config.json'} is damaged") from None
+    saved = read_json(out / "config.json")
     compared = {name: value for name, value in config.items() if name != "count"}
     fields = differing(saved, compared if config["what"] == "pairs" else config)
     if fields:

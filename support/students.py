@@ -5,16 +5,17 @@ import copy
 import json
 from pathlib import Path
 
+import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors.torch import save_file
 
 import fsdp
 import models
-from support import checkpoint
+from support import checkpoint, flags
 from support.cli import UserError, first_line
 from support.model_card import model_card
 from support.pipelines import LOADING_ERRORS
-from support.weights import fingerprint, load_weights, read_json, read_weights
+from support.weights import fingerprint, load_pretrained, load_weights, read_json, read_weights
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 
@@ -29,16 +30,16 @@ def check_peft(flag):
 def run_config(path):
     """The config.json of the run whose directory, student/, checkpoint or LoRA file that is; {} for
     anything else."""
-    path = Path(path).absolute()
+    path, file = Path(path).absolute(), None
     if (path / "config.json").is_file() and (path / "student").is_dir():
-        return read_json(path / "config.json")
+        file = path / "config.json"
     for folder in (path, path.parent):
         run = folder.parent
         inside = folder.name == "student" or folder.parent.name == "checkpoints"
         run = run.parent if folder.parent.name == "checkpoints" else run
         if inside and (run / "config.json").is_file():
-            return read_json(run / "config.json")
-    return {}
+            file = file or run / "config.json"
+    return flags.checked_flags(read_json(file), file) if file else {}
 
 
 # ----------------------------------------------------------------------------- reading
@@ -63,7 +64,7 @@ def load_student(path, model):
         # float32: a LoRA's part may be smaller than what a shorter dtype rounds off.
         network = copy.deepcopy(model.origin.network).float()
         if any("lora" in name for name in weights):
-            merge_lora(network, path, model)
+            merge_lora(network, weights, path, model)
         else:
             load_weights(network, weights, path, model.name)
     else:
@@ -88,7 +89,10 @@ def whole_manifest(folder):
 def student_of_checkpoint(folder, model):
     """The averaged student that a run had there."""
     manifest = whole_manifest(folder)
-    config = manifest["config"]
+    config = flags.checked_flags(manifest["config"], folder / "manifest.json")
+    missing = {"lora", "lora_alpha", "seed", "ema"} - config.keys()
+    if missing:
+        raise UserError(f"{folder}/manifest.json lacks the flag {min(missing)}")
     if config["lora"]:
         check_peft(f"the LoRA of {folder}")
         in_float32 = next(model.origin.parameters()).is_floating_point()
@@ -136,7 +140,7 @@ def network_from_folder(folder, model):
             found = config.get("_class_name")
             raise UserError(f"{folder} holds a {found}, not a {kind.__name__}")
         check_same_architecture(config, model, folder)
-        return kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+        return load_pretrained(kind, folder, use_safetensors=True, low_cpu_mem_usage=False)
     except LOADING_ERRORS as error:
         raise UserError(f"the student {folder} cannot be loaded: {first_line(error)}") from None
 
@@ -155,10 +159,36 @@ def check_same_architecture(config, model, folder):
             )
 
 
-def merge_lora(network, path, model):
+# The two matrices of a LoRA under the names that programs give them.
+LORA_PAIRS = (
+    ("lora_down", "lora_up"),  # kohya
+    ("lora_A", "lora_B"),  # peft
+    ("lora.down", "lora.up"),  # diffusers, of old
+)
+
+
+def check_pairs(names, path):
+    """Refuse a LoRA of which something would be left out: half a pair, or another kind's parts."""
+    names = set(names)
+    for name in sorted(names):
+        partners = [name.replace(a, b) for a, b in LORA_PAIRS if a in name]
+        partners += [name.replace(b, a) for a, b in LORA_PAIRS if b in name]
+        if partners and partners[0] not in names:
+            raise UserError(f"the LoRA {path} is incomplete: it has {name} but no {partners[0]}")
+        if not partners and not name.endswith((".alpha", "network_alpha")):
+            raise UserError(f"the LoRA {path} is of a kind that is not supported: it has {name}")
+    text = [name for name in names if name.startswith(("lora_te", "text_encoder"))]
+    if text:
+        fsdp.print_main(
+            f"{path}: its {len(text)} weights of text encoders are left out; only the UNet's count"
+        )
+
+
+def merge_lora(network, weights, path, model):
     """Add a LoRA, in diffusers' format or one that diffusers converts (kohya's), to the network's
-    own weights."""
+    own weights. weights: what the file holds."""
     check_peft(f"the LoRA {path}")
+    check_pairs(weights, path)
     kind = type(model.pipe)
     try:
         state, alphas, metadata = kind.lora_state_dict(
@@ -199,7 +229,7 @@ def write_student(out, nets, config):
     def write(folder):
         folder.mkdir(parents=True)
         if config["lora"]:
-            save_lora(network, state, folder, nets.model)
+            save_lora(network, state, folder)
         else:
             options = json.loads(network.to_json_string())
             options["_class_name"] = nets.model.network_class.__name__  # without FSDP's prefix
@@ -214,16 +244,17 @@ def write_student(out, nets, config):
         checkpoint.replace_folder(Path(out) / "student", write)
 
 
-def save_lora(network, state, folder, model):
-    """Write a LoRA as `pipe.load_lora_weights(folder)` reads it. Its alpha goes into the weights,
-    since some programs do not look for it."""
+def save_lora(network, state, folder):
+    """Write a LoRA under kohya's names with diffusers' blocks, lora_unet_down_blocks_0_... with
+    lora_down, lora_up and alpha, which diffusers, ComfyUI and kohya's tools all read whole."""
     config = network.peft_config["default"]
-    scale = config.lora_alpha / config.r
-    plain = {}
+    weights = {}
     for name, tensor in state.items():
-        scaled = tensor * scale if ".lora_B." in name else tensor
-        plain[name.replace(".default.", ".")] = scaled.contiguous()
-    metadata = config.to_dict() | {"lora_alpha": config.r}
-    type(model.pipe).save_lora_weights(
-        folder, unet_lora_layers=plain, unet_lora_adapter_metadata=metadata
-    )
+        module, _, which = name.partition(".lora_")  # which: A.default.weight or B.default.weight
+        stem = f"lora_unet_{module.replace('.', '_')}"
+        part = {"A": "lora_down", "B": "lora_up"}[which[0]]
+        weights[f"{stem}.{part}.weight"] = tensor.contiguous()
+        weights[f"{stem}.alpha"] = torch.tensor(float(config.lora_alpha))
+    about = {"ss_network_dim": str(config.r), "ss_network_alpha": f"{config.lora_alpha:g}"}
+    metadata = {"format": "pt", "ss_network_module": "networks.lora"} | about
+    save_file(weights, folder / LORA_FILE, metadata=metadata)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from support.cli import UserError, first_line
+
+CONFIG_BYTES = 64 * 2**20  # the most that is read of a JSON file of settings
+DATA_BYTES = 2**30  # and of a list of images or prompts
 
 
 def fingerprint(module):
@@ -35,16 +39,105 @@ def fingerprints(model):
     return parts | {"schedule": f"{model.prediction} {digest}"}
 
 
-def read_json(path):
+def read_text(path, limit=CONFIG_BYTES):
+    """A file's text, UTF-8 with or without BOM. Raises OSError, or ValueError with the reason."""
+    path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError("it is no regular file")
+    size = path.stat().st_size
+    if size > limit:
+        raise ValueError(f"it has {size:,} bytes; at most {limit:,} are read")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8 text") from None
+    if "\0" in text:
+        raise ValueError("it is not UTF-8 text: it holds zero bytes")
+    return text
+
+
+def read_json(path, limit=CONFIG_BYTES):
+    """The object, {name: value}, in a JSON file."""
+    try:
+        content = json.loads(read_text(path, limit))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} should hold names and values, and holds a {type(content).__name__}"
+        )
+    return content
+
+
+# Parts of names that wrappers of networks put there.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def unwrapped(weights, path):
+    """The weights without the names that DistributedDataParallel, torch.compile and FSDP1 add."""
+    found, seen = {}, set()
+    for name, tensor in weights.items():
+        parts = name.split(".")
+        seen |= WRAPPERS.intersection(parts)
+        found[".".join(part for part in parts if part not in WRAPPERS)] = tensor
+    if seen and len(found) == len(weights):
+        listed = ", ".join(sorted(seen))
+        print(f"{path}: left out of the names of its weights: {listed}", file=sys.stderr)
+        return found
+    return weights
+
+
+def check_finite(named, path):
+    """Refuse weights that hold NaN or infinity. named: {name: tensor}."""
+    for name, tensor in named.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{path}: the weight {name} holds NaN or infinity")
+
+
+def load_pretrained(kind, path, subfolder=None, **options):
+    """kind.from_pretrained of diffusers or transformers, held against its own report: a weight that
+    is missing, unknown, of another shape or not finite is an error; the libraries only warn."""
+    where = f"{path}/{subfolder}" if subfolder else str(path)
+    if subfolder:
+        options["subfolder"] = subfolder
+    network, report = kind.from_pretrained(path, output_loading_info=True, **options)
+    if report["missing_keys"] or report["unexpected_keys"]:
+        weights = unwrapped(weights_in_folder(where), where)
+        expected = network.state_dict()
+        known = {name: tensor for name, tensor in weights.items() if name in expected}
+        if known.keys() == expected.keys() and report["missing_keys"]:
+            network.load_state_dict(known)
+            report = {"unexpected_keys": weights.keys() - expected.keys()}
+    # Old files of CLIP hold a table of positions, which is no weight.
+    unknown = [name for name in report.get("unexpected_keys", ()) if "position_ids" not in name]
+    for problem, names in (
+        ("lacks", report.get("missing_keys")),
+        ("holds an unknown weight", unknown),
+        ("has another shape of", report.get("mismatched_keys")),
+    ):
+        if names:
+            first = min(map(str, names))
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{where} does not fit {kind.__name__}: it {problem} {first}{more}")
+    check_finite(dict(network.named_parameters()), where)
+    return network
+
+
+def weights_in_folder(folder):
+    """{name: tensor} of all .safetensors files of a folder; {} where it is a hub id."""
+    weights = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        weights |= load_file(file)
+    return weights
 
 
 def read_weights(path, what="the student"):
     """{name: tensor} of a .safetensors file or of a file that torch.save wrote."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{what} {path} cannot be loaded: it is no regular file")
     try:
         if path.suffix == ".safetensors":
             weights = load_file(path)
@@ -61,7 +154,8 @@ def read_weights(path, what="the student"):
     tensors = isinstance(weights, dict) and [isinstance(v, torch.Tensor) for v in weights.values()]
     if not tensors or not all(tensors):
         raise UserError(f"{what} {path} is no file of weights by name")
-    return weights
+    check_finite(weights, f"{what} {path}")
+    return unwrapped(weights, path)
 
 
 def load_weights(network, weights, path, name):

@@ -428,20 +428,24 @@ def test_a_lora_run_keeps_its_lora_only_and_resumes_bit_for_bit(lora_runs, tmp_p
     assert files == ["README.md", students.LORA_FILE]
 
 
-def test_a_lora_may_be_a_run_a_checkpoint_a_file_or_kohya_s(folders, lora_runs, tmp_path):
+def modules(model):
+    return [name for name, _ in model.denoiser.network.named_modules()]
+
+
+def test_a_lora_may_be_a_run_a_checkpoint_a_file_or_diffusers_own(folders, lora_runs, tmp_path):
     model, run = models.load_model(folders["sdxl"]), lora_runs / "sdxl"
     file = run / "student" / students.LORA_FILE
-    kohya = {}
+    peft = {}  # as diffusers' training scripts write them
     for name, tensor in load_file(file).items():
-        layer, side = name.removeprefix("unet.").split(".lora_")
-        layer = f"lora_unet_{layer.replace('.', '_')}"
-        side = "lora_down" if side.startswith("A") else "lora_up"
-        kohya[f"{layer}.{side}.weight"] = tensor
-        kohya[f"{layer}.alpha"] = torch.tensor(4.0)
-    save_file(kohya, tmp_path / "kohya.safetensors")
+        layer, _, side = name.partition(".lora_")
+        if side:
+            layer = next(m for m in modules(model) if f"lora_unet_{m.replace('.', '_')}" == layer)
+            side, scale = {"down.weight": ("A", 1), "up.weight": ("B", 2 / 4)}[side]  # alpha / rank
+            peft[f"unet.{layer}.lora_{side}.weight"] = scale * tensor
+    save_file(peft, tmp_path / "peft.safetensors")
     expected = students.load_student(run, model)
     assert not same_weights(expected, model.denoiser)
-    for path in (file, tmp_path / "kohya.safetensors"):
+    for path in (file, tmp_path / "peft.safetensors"):
         assert same_weights(students.load_student(path, model), expected), path
     x_t, cond = torch.randn(2, *model.sample_shape), model.encode(PROMPTS[:2])
     of_checkpoint = students.load_student(run / "checkpoints" / "000004", model)

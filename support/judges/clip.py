@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 from support.cli import UserError, first_line
 from support.pictures import to_pil
-from support.pipelines import LOADING_ERRORS, quiet_libraries
+from support.pipelines import LOADING_ERRORS, find_on_hub, quiet_libraries
 from support.protocols import square
-from support.weights import fingerprint
+from support.weights import fingerprint, load_pretrained
 
 FLAGS = {
     "--clip": {
@@ -22,20 +22,6 @@ NAMES = {
     "vit-b/32": "openai/clip-vit-base-patch32",
     "vit-g/14": "laion/CLIP-ViT-g-14-laion2B-s12B-b42K",
 }
-
-
-def find_on_hub(path):
-    """Ask once for what is neither a folder nor fetched already: the libraries would go on asking
-    for a minute."""
-    import huggingface_hub
-
-    cached = huggingface_hub.try_to_load_from_cache
-    if not Path(path).is_dir() and not isinstance(cached(path, "config.json"), str):
-        try:
-            huggingface_hub.model_info(path, timeout=10)
-        except Exception as error:  # of the network, of the hub, of the name
-            why = first_line(error)[:100]
-            raise OSError(f"the hub does not know it or cannot be reached ({why})") from None
 
 
 class Clip:
@@ -54,7 +40,7 @@ class Clip:
         quiet_libraries()
         try:
             find_on_hub(path)
-            self.network = CLIPModel.from_pretrained(path).to(device, torch.float32).eval()
+            self.network = load_pretrained(CLIPModel, path).to(device, torch.float32).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(path)
             self.processor = CLIPImageProcessorPil.from_pretrained(path)
         except LOADING_ERRORS as error:
