@@ -32,11 +32,11 @@ def from_table(path):
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     lines = read_text(path, DATA_BYTES).split("\n")
     rows = list(csv.reader([f"{line}\n" for line in lines], delimiter=delimiter, strict=True))
-    column = column_of(rows[0])
-    rows = [row for row in rows[1:] if row]
+    header, *rows = [row for row in rows if row]
+    column = column_of(header)
     for number, row in enumerate(rows, start=2):
-        if len(row) != len(rows[0]):
-            raise ValueError(f"row {number} has {len(row)} columns, the first has {len(rows[0])}")
+        if len(row) != len(header):
+            raise ValueError(f"row {number} has {len(row)} columns, the first has {len(header)}")
     return [row[column] for row in rows]
 
 
