@@ -100,6 +100,8 @@ def read_scheduler(scheduler, name):
             kind = type(scheduler).__name__
             raise UserError(f"{name}: no noise schedule is known for the scheduler {kind}")
         return flow_schedule(config.num_train_timesteps, config.shift), "flow"
+    if len(scheduler.alphas_cumprod) == 0:
+        raise UserError(f"{name}: its scheduler has no timesteps")
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise UserError(

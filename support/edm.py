@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 
 from support import cli
-from support.cli import UserError, first_line
+from support.cli import UserError
+from support.pipelines import loading
 from support.weights import check_finite, load_pretrained, read_json
 
 SIGMA_DATA = 0.5
@@ -388,11 +388,9 @@ def load_network(path):
 
     if not Path(path).is_dir():
         return network_of(read_pickle(path))
-    try:
+    with loading(f"the model {path}"):
         options = {"use_safetensors": True, "low_cpu_mem_usage": False}
         network = load_pretrained(UNet2DModel, path, **options)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the model {path} cannot be loaded: {first_line(error)}") from None
     config = network.config
     if config.num_class_embeds is None or config.in_channels != config.out_channels:
         raise UserError(f"the model {path} is no class-conditional network of EDM's kind")

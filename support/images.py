@@ -192,6 +192,14 @@ def as_tensor(image):
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
+def size_of(file):
+    """0 where there is no such file, or no file can have such a name."""
+    try:
+        return file.stat().st_size if file.is_file() else 0
+    except (OSError, ValueError):
+        return 0
+
+
 class ImageFiles:
     """The images of a folder, or of EDM's .zip, as they lie there."""
 
@@ -214,7 +222,7 @@ class ImageFiles:
         file = self.entries[i][0]
         if self.archive:
             return self.archive.getinfo(file).CRC if file in self.archive.NameToInfo else 0
-        return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else 0
+        return [size_of(file), file.stat().st_mtime_ns] if size_of(file) else 0
 
     def digest(self):
         """What changes when the images do: names, sizes and captions of all, and the contents of
@@ -224,12 +232,12 @@ class ImageFiles:
             name, size = file, 0
             if self.archive is None:
                 name = os.path.relpath(file, self.folder)
-                size = file.stat().st_size if file.is_file() else 0
+                size = size_of(file)
             elif file in self.archive.NameToInfo:
                 size = self.archive.getinfo(file).CRC
             sha.update(json.dumps([str(name), size, caption]).encode())
         for i in range(0, count, math.ceil(count / 16)):
-            if self.archive is None and self.entries[i][0].is_file():
+            if self.archive is None and size_of(self.entries[i][0]):
                 sha.update(self.entries[i][0].read_bytes())
         return sha.hexdigest()
 

@@ -1,5 +1,6 @@
 """Opening diffusers pipelines: directories, hub ids, single files, and other decoders."""
 
+import contextlib
 import inspect
 import re
 import sys
@@ -13,7 +14,17 @@ from support.weights import check_finite, load_pretrained, read_json
 
 # Parts of pipelines that nothing here needs.
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
-LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
+
+
+@contextlib.contextmanager
+def loading(what):
+    """A library's error for a damaged or unfitting file, which may be any, in one line."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from None
 
 
 def quiet_libraries():
@@ -39,7 +50,7 @@ def open_pipeline(path, known, vae=None, config=None):
     parts = {name: None for name in (*UNUSED_PARTS, *left_out) if name in accepted}
     if vae is not None:
         parts["vae"] = None if vae == "none" else load_vae(vae)
-    try:
+    with loading(f"the model {path}"):
         if Path(path).is_file():
             pipe = load_single_file(path, pipeline_class, config, parts)
             for name, part in pipe.components.items():
@@ -50,22 +61,26 @@ def open_pipeline(path, known, vae=None, config=None):
                 if name not in parts and name in accepted:
                     parts[name] = load_part(part_class, path, name)
             pipe = pipeline_class.from_pretrained(path, **parts)
-    except LOADING_ERRORS as error:
-        raise UserError(f"the model {path} cannot be loaded: {first_line(error)}") from None
-    check_network(getattr(pipe, "unet", None), path)
-    for name, part in pipe.components.items():
-        if name.startswith("tokenizer") and part is not None:
-            encoder = pipe.components.get(name.replace("tokenizer", "text_encoder"))
-            set_length(part, encoder)
+        check_network(getattr(pipe, "unet", None), path)
+        for name, part in pipe.components.items():
+            if name.startswith("tokenizer") and part is not None:
+                encoder = pipe.components.get(name.replace("tokenizer", "text_encoder"))
+                check_tokenizer(part, encoder, path)
     return kind, pipe
 
 
-def set_length(tokenizer, encoder):
-    """A tokenizer without a model_max_length would pad to 10^30 tokens: as many as its encoder has
-    positions."""
-    most = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+def check_tokenizer(tokenizer, encoder, path):
+    """A tokenizer has to fit its text encoder. Without a model_max_length it would pad to 10^30
+    tokens: it gets as many as the encoder has positions."""
+    config = getattr(encoder, "config", None)
+    most = getattr(config, "max_position_embeddings", None)
     if most and tokenizer.model_max_length > most:
         tokenizer.model_max_length = most
+    known = getattr(config, "vocab_size", None)
+    if known and len(tokenizer) > known:
+        raise UserError(
+            f"{path}: its tokenizer has {len(tokenizer)} tokens, its text encoder knows {known}"
+        )
 
 
 def network_classes(path, index):
@@ -152,11 +167,9 @@ def pipeline_kind(path, known):
             raise UserError(
                 f"there is no model directory or file {path}, and it is no hub id (owner/name)"
             )
-        try:
+        with loading(f"the model {path}"):
             find_on_hub(path)
             index = DiffusionPipeline.load_config(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"the model {path} cannot be loaded: {first_line(error)}") from None
     kind = index.get("_class_name")
     if not isinstance(kind, str) or kind not in known:
         raise UserError(f"{path} is a {kind}; supported are {', '.join(known)}")
@@ -202,14 +215,12 @@ def load_vae(path):
     """AutoencoderKL, or AutoencoderTiny: much smaller, good enough to watch a run by."""
     import diffusers
 
-    try:
+    with loading(f"--vae {path}"):
         find_on_hub(path)
         kind = diffusers.AutoencoderKL.load_config(path).get("_class_name")
         if kind not in ("AutoencoderKL", "AutoencoderTiny"):
             raise UserError(f"--vae {path} holds a {kind}, not an AutoencoderKL or AutoencoderTiny")
         return load_pretrained(getattr(diffusers, kind), path, low_cpu_mem_usage=False)
-    except LOADING_ERRORS as error:
-        raise UserError(f"--vae {path} cannot be loaded: {first_line(error)}") from None
 
 
 def check_network(unet, name):

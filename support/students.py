@@ -14,7 +14,7 @@ import models
 from support import checkpoint, flags
 from support.cli import UserError, first_line
 from support.model_card import model_card
-from support.pipelines import LOADING_ERRORS
+from support.pipelines import loading
 from support.weights import fingerprint, load_pretrained, load_weights, read_json, read_weights
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
@@ -134,15 +134,13 @@ def network_from_folder(folder, model):
             f"there is no student at {folder}: neither student/config.json nor config.json is there"
         )
     kind = model.network_class
-    try:
+    with loading(f"the student {folder}"):
         config = kind.load_config(folder)
         if config.get("_class_name") != kind.__name__:
             found = config.get("_class_name")
             raise UserError(f"{folder} holds a {found}, not a {kind.__name__}")
         check_same_architecture(config, model, folder)
         return load_pretrained(kind, folder, use_safetensors=True, low_cpu_mem_usage=False)
-    except LOADING_ERRORS as error:
-        raise UserError(f"the student {folder} cannot be loaded: {first_line(error)}") from None
 
 
 def check_same_architecture(config, model, folder):
@@ -209,7 +207,9 @@ def merge_lora(network, weights, path, model):
         kind.load_lora_into_unet(state, network_alphas=alphas, unet=network, metadata=metadata)
         network.fuse_lora()
         network.unload_lora()
-    except (*LOADING_ERRORS, AttributeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the libraries have many
         raise UserError(f"the LoRA {path} does not fit {model.name}: {first_line(error)}") from None
 
 

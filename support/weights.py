@@ -96,10 +96,24 @@ def check_finite(named, path):
             raise UserError(f"{path}: the weight {name} holds NaN or infinity")
 
 
+MOST_LAYERS, MOST = 1000, 10**8
+
+
+def check_sizes(config, where):
+    """Refuse a network whose configuration would take for ever to build."""
+    for name, value in config.items():
+        numbers = value if isinstance(value, list) else [value]
+        most = MOST_LAYERS if "layers" in name else MOST
+        if any(isinstance(number, int) and number > most for number in numbers):
+            raise UserError(f"{where}: {name} in its config.json is above {most:,}")
+
+
 def load_pretrained(kind, path, subfolder=None, **options):
     """kind.from_pretrained of diffusers or transformers, held against its own report: a weight that
     is missing, unknown, of another shape or not finite is an error; the libraries only warn."""
     where = f"{path}/{subfolder}" if subfolder else str(path)
+    if (Path(where) / "config.json").is_file():
+        check_sizes(read_json(Path(where) / "config.json"), where)
     if subfolder:
         options["subfolder"] = subfolder
     network, report = kind.from_pretrained(path, output_loading_info=True, **options)

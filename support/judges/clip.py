@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from support.cli import UserError, first_line
 from support.pictures import to_pil
-from support.pipelines import LOADING_ERRORS, find_on_hub, quiet_libraries
+from support.pipelines import find_on_hub, quiet_libraries
 from support.protocols import square
 from support.weights import fingerprint, load_pretrained
 
@@ -43,7 +43,9 @@ class Clip:
             self.network = load_pretrained(CLIPModel, path).to(device, torch.float32).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(path)
             self.processor = CLIPImageProcessorPil.from_pretrained(path)
-        except LOADING_ERRORS as error:
+        except UserError:
+            raise
+        except Exception as error:  # of the network, of the hub, of the files
             raise UserError(
                 f"{self.flag} {path} is not on this machine and cannot be fetched, or is no CLIP "
                 f"model of transformers: {first_line(error)}. Where there is a network: hf "

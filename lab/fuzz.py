@@ -1,0 +1,316 @@
+"""Spoil every JSON file and header that we read, at random. Reading it has to give a value or one
+line: never a traceback, never a hang, never a file written elsewhere.
+
+    python -m lab.fuzz                       # 1,000 mutations a file, an hour on one core
+    python -m lab.fuzz --mutations 20 --only config.json metadata.jsonl
+
+What fails is kept in --work/failures, beside its traceback.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import pickle
+import random
+import resource
+import shutil
+import signal
+import sys
+import traceback
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import data
+import models
+import train
+from lab import plane
+from support import checkpoint, cli, images, references, runlog, students
+from support.cli import UserError
+from support.prompt_files import read_prompts
+
+SECONDS = 20  # that reading may take
+MEMORY = 12 * 2**30  # bytes of address space that it may ask for
+RUN = "--batch-size 8 --fake-updates 2 --warmup 0 --save-every 1 --iterations 2 --seed 1"
+ODD = (
+    *(None, True, False, 0, -1, 3, 2**31, 10**30, 0.5, -1e308, float("nan"), float("inf")),
+    *("", "x", "../../x", "/etc/passwd", "\ud800", "\x00", "a\nb", "x" * 100_000, "cuda:9"),
+    *([], {}, [None, None], [[[[1]]]], {"a": {"b": []}}, ["os", "system"], "__import__('os')"),
+)
+
+
+# ----------------------------------------------------------------------------- spoiling
+
+
+def places_in(content):
+    """[(container, key), ...] of everything in a JSON value."""
+    found, todo = [], [content]
+    while todo:
+        container = todo.pop()
+        keys = range(len(container)) if isinstance(container, list) else list(container)
+        for key in keys:
+            found.append((container, key))
+            if isinstance(container[key], (dict, list)):
+                todo.append(container[key])
+    return found
+
+
+def spoil_json(text, numbers):
+    """Another value, or none, at one to three places."""
+    content = json.loads(text)
+    for _ in range(numbers.randint(1, 3)):
+        places = places_in(content)
+        if not places:
+            break
+        container, key = numbers.choice(places)
+        if numbers.random() < 0.2:
+            del container[key]
+        else:
+            container[key] = copy.deepcopy(numbers.choice(ODD))
+    return json.dumps(content).encode()
+
+
+def spoil_bytes(content, numbers, end):
+    """Bits flipped, bytes replaced, taken out or put in before `end`, or the end cut off."""
+    content = bytearray(content)
+    for _ in range(numbers.randint(1, 4)):
+        at = numbers.randrange(max(1, min(end, len(content))))
+        kind = numbers.randrange(5)
+        if kind == 0 and content:
+            content[at] ^= 1 << numbers.randrange(8)
+        elif kind == 1:
+            content[at : at + 1] = bytes([numbers.randrange(256)])
+        elif kind == 2:
+            del content[at : at + numbers.randint(1, 20)]
+        elif kind == 3:
+            content[at:at] = bytes(numbers.randrange(256) for _ in range(numbers.randint(1, 20)))
+        elif numbers.random() < 0.3:
+            del content[at:]
+    return bytes(content)
+
+
+def spoil(content, name, numbers):
+    if name.endswith(".json") and numbers.random() < 0.6:
+        return spoil_json(content.decode(), numbers)
+    if name.endswith(".jsonl") and numbers.random() < 0.6:
+        lines = content.splitlines()
+        k = numbers.randrange(len(lines))
+        lines[k] = spoil_json(lines[k].decode(), numbers)
+        return b"\n".join(lines)
+    end = len(content)
+    if name.endswith(".safetensors"):
+        end = 8 + int.from_bytes(content[:8], "little")  # the header
+    return spoil_bytes(content, numbers, end)
+
+
+# ----------------------------------------------------------------------------- what is read
+
+
+@dataclass
+class Target:
+    """A file, and read(), which reads it as a command does."""
+
+    file: Path
+    read: Callable
+
+
+def make_files(work):
+    """Small files of every kind that we read."""
+    plane.main([*RUN.split(), "--out", str(work / "run")])
+    shutil.copytree(data.EMBEDDED["emoji"], work / "teacher")
+    shutil.copytree(work / "teacher" / "unet", work / "student")
+    pixels = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    (work / "images").mkdir()
+    rows = [{"file_name": f"{i}.png", "text": f"image {i}"} for i in range(3)]
+    for row in rows:
+        pixels.save(work / "images" / row["file_name"])
+    lines = "\n".join(json.dumps(row) for row in rows)
+    (work / "images" / "metadata.jsonl").write_text(lines)
+    with zipfile.ZipFile(work / "images.zip", "w") as archive:
+        archive.write(work / "images" / "0.png", "0.png")
+        archive.writestr("dataset.json", json.dumps({"labels": [["0.png", 1]]}))
+    prompts = ["red apple", "rocket"]
+    (work / "prompts.json").write_text(json.dumps([{"prompt": text} for text in prompts]))
+    (work / "prompts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in prompts))
+    (work / "prompts.csv").write_text("id,caption\n1,red apple\n2,rocket\n")
+    (work / "prompts.pkl").write_bytes(pickle.dumps(prompts))
+    np.savez(work / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048), about='{"resize": 1}')
+    lora = {f"lora_unet_mid_block_resnets_0_conv1.lora_{k}.weight": torch.ones(4, 4) for k in "ab"}
+    save_file(lora, work / "lora.safetensors")
+    config = {"images": str(work / "images"), "model": "emoji"}
+    data.make_latents(work / "latents", config, models.load_model(work / "teacher"))
+
+
+def targets_of(work):
+    """{name: Target}"""
+    model = models.load_model(work / "teacher")
+    setting = SimpleNamespace(inception=SimpleNamespace(about={}), protocol_name="as-is")
+    run, newest = work / "run", work / "run" / "checkpoints" / "000002"
+    shard = next(newest.glob("*.safetensors"))
+
+    def resume():
+        train.parse_arguments(["--resume", str(run)])
+        students.run_config(run)
+
+    def manifest():
+        checkpoint.damage_in(newest, checkpoint.read_manifest(newest))
+
+    def tensors():
+        checkpoint.load(newest, {"student.network.enter.bias": torch.zeros(64)})
+
+    def metrics():
+        runlog.Log(run, 1.0, 2)
+
+    def teacher():
+        models.load_model(work / "teacher").encode(["cat"])
+
+    def student():
+        students.load_student(work / "student", model)
+
+    def lora():
+        students.load_student(work / "lora.safetensors", model)
+
+    def latents():
+        data.real_data(model, work / "latents").read([0])
+
+    def folder():
+        data.ImageFolder(work / "images", model)
+
+    def archive():
+        files = images.ImageFiles(work / "images.zip")
+        with contextlib.suppress(Exception):  # a bad image is counted, see ImageReader
+            images.open_image(files.file(0))
+
+    def prompts():
+        for kind in ("json", "jsonl", "csv", "pkl"):
+            read_prompts(work / f"prompts.{kind}")
+
+    def statistics():
+        references.of_file(work / "statistics.npz", setting)
+
+    found = {
+        "config.json": Target(run / "config.json", resume),
+        "manifest.json": Target(newest / "manifest.json", manifest),
+        "checkpoint.safetensors": Target(shard, tensors),
+        "metrics.jsonl": Target(run / "metrics.jsonl", metrics),
+        "student/config.json": Target(work / "student" / "config.json", student),
+        "lora.safetensors": Target(work / "lora.safetensors", lora),
+        "latents/config.json": Target(work / "latents" / "config.json", latents),
+        "latents.safetensors": Target(work / "latents" / "00000.safetensors", latents),
+        "metadata.jsonl": Target(work / "images" / "metadata.jsonl", folder),
+        "images.zip": Target(work / "images.zip", archive),
+        "statistics.npz": Target(work / "statistics.npz", statistics),
+    }
+    for kind in ("json", "jsonl", "csv", "pkl"):
+        found[f"prompts.{kind}"] = Target(work / f"prompts.{kind}", prompts)
+    for part in ("unet", "vae", "text_encoder", "scheduler", "tokenizer"):
+        for file in sorted((work / "teacher" / part).glob("*config.json")):
+            found[f"{part}/{file.name}"] = Target(file, teacher)
+        for file in sorted((work / "teacher" / part).glob("*.safetensors")):
+            found[f"{part}.safetensors"] = Target(file, teacher)
+    found["model_index.json"] = Target(work / "teacher" / "model_index.json", teacher)
+    return found
+
+
+# ----------------------------------------------------------------------------- trying
+
+
+class Hang(BaseException):
+    pass
+
+
+def on_alarm(number, frame):
+    raise Hang
+
+
+def try_once(target):
+    """None, or what is wrong with how a spoilt file was read."""
+    quiet = io.StringIO()
+    signal.alarm(SECONDS)
+    try:
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            target.read()
+    except UserError as error:
+        return f"several lines: {error}" if "\n" in str(error) else None
+    except Hang:
+        return f"a hang: more than {SECONDS} s\n{traceback.format_exc()}"
+    except BaseException:
+        return traceback.format_exc()
+    finally:
+        signal.alarm(0)
+    return None
+
+
+def stamps(work):
+    """{file: (size, time)} of all but what fails."""
+    files = [path for path in work.rglob("*") if path.is_file() and "failures" not in path.parts]
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def fuzz(name, target, work, mutations, seed):
+    """How many of the mutations were read badly."""
+    numbers = random.Random(f"{name} {seed}")
+    whole, failed = target.file.read_bytes(), 0
+    for k in tqdm(range(mutations), desc=name, unit="file"):
+        content = spoil(whole, target.file.name, numbers)
+        target.file.write_bytes(content)
+        before = stamps(work)
+        wrong = try_once(target)
+        allowed = {str(work / "run" / "metrics.jsonl")}  # which a run writes anew
+        changed = {file for file, stamp in stamps(work).items() if before.get(file) != stamp}
+        if changed - allowed:
+            wrong = f"{wrong or ''}\nwritten: {sorted(changed)}"
+        if wrong:
+            failed += 1
+            place = work / "failures" / f"{name.replace('/', '-')}-{k}"
+            place.mkdir(parents=True, exist_ok=True)
+            (place / target.file.name).write_bytes(content)
+            (place / "traceback.txt").write_text(wrong)
+            tqdm.write(f"{name}: {wrong.strip().splitlines()[-1]}")
+    target.file.write_bytes(whole)
+    return failed
+
+
+def main(arguments=None):
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--mutations", type=cli.positive, default=1000, help="of each file")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="(default: every file)")
+    parser.add_argument("--seed", type=cli.natural, default=0)
+    parser.add_argument("--work", type=Path, default=Path("runs/fuzz"), help="where files go")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    work = args.work.absolute()
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    make_files(work)
+    targets = targets_of(work)
+    for name in args.only or ():
+        cli.check_choice("--only", name, targets)
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, limit[1]))
+    try:
+        failed = {}
+        for name in args.only or targets:
+            failed[name] = fuzz(name, targets[name], work, args.mutations, args.seed)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+        signal.signal(signal.SIGALRM, before)
+    print(f"\n| file | mutations | read badly |\n|{'---|' * 3}")
+    for name, count in failed.items():
+        print(f"| {name} | {args.mutations} | {count} |")
+    if any(failed.values()):
+        raise UserError(f"some were read badly: see {work}/failures", status=1)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
