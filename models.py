@@ -100,19 +100,20 @@ def read_scheduler(scheduler, name):
             kind = type(scheduler).__name__
             raise UserError(f"{name}: no noise schedule is known for the scheduler {kind}")
         return flow_schedule(config.num_train_timesteps, config.shift), "flow"
-    if len(scheduler.alphas_cumprod) == 0:
-        raise UserError(f"{name}: its scheduler has no timesteps")
+    levels = torch.as_tensor(scheduler.alphas_cumprod)
+    if levels.dim() != 1 or len(levels) == 0 or not ((levels >= 0) & (levels <= 1)).all():
+        raise UserError(f"{name}: its scheduler's noise levels are not between 0 and 1")
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise UserError(
             f"{name}: its scheduler's prediction type {prediction!r} is not epsilon or v_prediction"
         )
-    if prediction == "epsilon" and scheduler.alphas_cumprod.min() < 1e-6:
+    if prediction == "epsilon" and levels.min() < 1e-6:
         raise UserError(
             f"{name}: its scheduler rescales betas to zero terminal signal-to-noise ratio, where a "
             "network that predicts epsilon says nothing of x0: such a model should predict v"
         )
-    return vp_schedule(scheduler.alphas_cumprod), prediction
+    return vp_schedule(levels), prediction
 
 
 # ----------------------------------------------------------------------------- x0 predictors
@@ -667,8 +668,11 @@ def load_model(path, device="cpu", dtype=torch.float32, vae=None, config=None, *
         names = edm.label_names(path, network.config.num_class_embeds, ASSETS)
         return ClassModel(str(path), network, names, device=device, dtype=dtype, **options)
     kind, pipe = pipelines.open_pipeline(path, FAMILIES, vae, config)
-    own_vae = vae is None
-    return Model(str(path), FAMILIES[kind], pipe, device, dtype, own_vae=own_vae, **options)
+    options["own_vae"] = vae is None
+    with pipelines.loading(f"the model {path}"):
+        model = Model(str(path), FAMILIES[kind], pipe, device, dtype, **options)
+        model.uncond  # noqa: B018, parts that do not fit one another fail here
+    return model
 
 
 def device_and_dtype(args):

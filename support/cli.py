@@ -13,7 +13,7 @@ class UserError(Exception):
     """Something that the user can mend. `status` is what the command exits with."""
 
     def __init__(self, message, status=2):
-        super().__init__(message)
+        super().__init__(" ".join(message.split("\n")))  # of a file's own words, too, one line
         self.status = status
 
 

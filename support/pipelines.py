@@ -76,6 +76,8 @@ def check_tokenizer(tokenizer, encoder, path):
     most = getattr(config, "max_position_embeddings", None)
     if most and tokenizer.model_max_length > most:
         tokenizer.model_max_length = most
+    length = tokenizer.model_max_length
+    tokenizer([""], padding="max_length", max_length=length, truncation=True)
     known = getattr(config, "vocab_size", None)
     if known and len(tokenizer) > known:
         raise UserError(
