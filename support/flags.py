@@ -74,7 +74,8 @@ def add_method_flags(group):
     add(
         "--prompts",
         metavar="FILE",
-        help="training prompts: .txt, one a line, or a pickled list (default: the embedded set's)",
+        help="training prompts: .txt, .csv, .json, .jsonl, .parquet or .pkl (default: the embedded "
+        "set's)",
     )
     add(
         "--real",
@@ -321,7 +322,7 @@ def sample_parser(doc):
     add(
         "--prompts",
         nargs="+",
-        help="prompts in quotes, or one file of them: .txt, one a line, or a pickled list",
+        help="prompts in quotes, or one file of them: .txt, .csv, .json, .jsonl, .parquet or .pkl",
     )
     add("--compare", nargs="+", metavar="PATH", help="several students, in place of --student")
     add("--out", default="samples.png", metavar="FILE")
@@ -363,7 +364,7 @@ def eval_parser(doc):
     add(
         "--prompts",
         metavar="FILE",
-        help=".txt, one a line, or a pickled list; labels or names for class-conditional models",
+        help="a file of them, as for train.py; labels or names for class-conditional models",
     )
     add(
         "--no-coverage",
