@@ -195,13 +195,15 @@ def load_single_file(path, pipeline_class, config, parts):
         raise UserError(f"--config {config}: there is no such directory")
     try:
         pipe = pipeline_class.from_single_file(
-            str(path), config=config, local_files_only=config is not None, **parts
+            str(path), config=config and str(config), local_files_only=config is not None, **parts
         )
     except OSError as error:
         raise UserError(
             f"the model {path}: its configuration cannot be fetched ({first_line(error)}). "
             f"Name the directory of another {pipeline_class.__name__} of its kind by --config DIR"
         ) from None
+    except NotImplementedError:  # torch's, of parameters that nothing has filled
+        raise UserError(f"the model {path} lacks some of its network's weights") from None
     names = names_in_file(path)
     changes = {}
     if "v_pred" in names:

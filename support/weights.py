@@ -92,6 +92,8 @@ def unwrapped(weights, path):
 def check_finite(named, path):
     """Refuse weights that hold NaN or infinity. named: {name: tensor}."""
     for name, tensor in named.items():
+        if tensor.is_meta:
+            raise UserError(f"{path}: the weight {name} is missing")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{path}: the weight {name} holds NaN or infinity")
 

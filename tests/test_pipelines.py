@@ -32,6 +32,7 @@ from tests.tiny import (
     keep_gradients,
     make_student,
     open_in_diffusers,
+    original_file,
     refused,
     write_pipeline,
     write_tiny_vae,
@@ -154,20 +155,6 @@ def test_v_prediction_and_zero_terminal_snr_follow_the_scheduler(tmp_path):
 
 
 # ----------------------------------------------------------------------------- what is opened
-
-
-def original_file(folder, path, *keys):
-    """A pipeline's UNet and text encoder under the names of the original code; keys of no weight
-    stand for themselves."""
-    pipe = open_in_diffusers(folder)
-    names = export.original_names(pipe.unet)
-    weights = {key: torch.zeros(0) for key in keys}
-    for name, tensor in pipe.unet.state_dict().items():
-        weights[f"model.diffusion_model.{names[name]}"] = tensor.contiguous()
-    for name, tensor in pipe.text_encoder.state_dict().items():
-        name = "text_model." + name.removeprefix("text_model.")
-        weights[f"cond_stage_model.transformer.{name}"] = tensor.contiguous()
-    save_file(weights, path)
 
 
 def test_one_file_says_how_it_was_trained_and_takes_another_s_configuration(folders, tmp_path):

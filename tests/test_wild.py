@@ -25,7 +25,15 @@ from lab import plane
 from support import checkpoint, cli, export, flags, images, runlog, students, weights
 from support.cli import UserError
 from support.prompt_files import read_prompts
-from tests.tiny import PROMPTS, call, make_student, random_image, refused, write_tiny_vae
+from tests.tiny import (
+    PROMPTS,
+    call,
+    make_student,
+    original_file,
+    random_image,
+    refused,
+    write_tiny_vae,
+)
 
 PLANE = "--batch-size 8 --fake-updates 2 --warmup 0 --save-every 2"
 
@@ -189,6 +197,10 @@ def without_first(tensors):
     return dict(list(tensors.items())[1:])
 
 
+def without_some(tensors):
+    return dict(list(tensors.items())[5:])
+
+
 def with_another(tensors):
     return tensors | {"a.stranger": torch.zeros(2)}
 
@@ -234,6 +246,26 @@ def test_spoilt_students_decoders_and_judges_are_refused(change, says, folders, 
     CLIPModel(config).save_pretrained(tmp_path / "clip")
     edit_weights(tmp_path / "clip", change)
     assert says in one_line(weights.load_pretrained, CLIPModel, tmp_path / "clip")
+
+
+ONE_FILE = [
+    ("diffusion_model", without_some, "lacks some of its network's weights"),
+    ("cond_stage_model", without_some, "is missing"),
+    ("diffusion_model", with_nan, "holds NaN or infinity"),
+    ("cond_stage_model", with_nan, "holds NaN or infinity"),
+    ("diffusion_model", with_prefix("module."), "cannot be loaded"),
+]
+
+
+@pytest.mark.parametrize(("part", "change", "says"), ONE_FILE, ids=range(len(ONE_FILE)))
+def test_one_file_of_a_pipeline_that_is_spoilt_is_refused(part, change, says, folders, tmp_path):
+    original_file(folders["sd15"], tmp_path / "whole.safetensors")
+    tensors = load_file(tmp_path / "whole.safetensors")
+    spoilt = change({name: tensor for name, tensor in tensors.items() if part in name})
+    rest = {name: tensor for name, tensor in tensors.items() if part not in name}
+    save_file(rest | spoilt, tmp_path / "spoilt.safetensors")
+    options = [tmp_path / "spoilt.safetensors", "cpu", torch.float32, "none", folders["sd15"]]
+    assert says in one_line(models.load_model, *options)
 
 
 def test_old_clip_files_hold_a_table_of_positions(teacher):

@@ -21,10 +21,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import data
 import fsdp
+from support import export
 from support.cli import UserError
 from support.pipelines import quiet_libraries
 
@@ -153,6 +155,20 @@ def write_pipeline(folder, name, seed=0, scheduler=None, **unet_options):
         )
     pipe.save_pretrained(folder)
     return folder
+
+
+def original_file(folder, path, *keys):
+    """A pipeline's UNet and text encoder under the names of the original code; keys of no weight
+    stand for themselves."""
+    pipe = open_in_diffusers(folder)
+    names = export.original_names(pipe.unet)
+    weights = {key: torch.zeros(0) for key in keys}
+    for name, tensor in pipe.unet.state_dict().items():
+        weights[f"model.diffusion_model.{names[name]}"] = tensor.contiguous()
+    for name, tensor in pipe.text_encoder.state_dict().items():
+        name = "text_model." + name.removeprefix("text_model.")
+        weights[f"cond_stage_model.transformer.{name}"] = tensor.contiguous()
+    save_file(weights, path)
 
 
 def write_tiny_vae(folder):
