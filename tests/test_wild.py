@@ -105,7 +105,7 @@ def test_saved_flags_go_through_the_command_line_s_parser(change, says, run):
 def test_a_student_s_run_is_read_by_the_same_parser(run):
     edit_json(run / "config.json", student_steps=-1)
     assert "not a whole number above 0" in refused(sample, f"--student {run} --model emoji")
-    edit_json(run / "config.json", student_steps=4, of_an_older_version=True)
+    edit_json(run / "config.json", student_steps="4", of_an_older_version=True)
     assert students.run_config(run)["student_steps"] == 4
 
 
