@@ -49,6 +49,7 @@ TINY = {
     "lab.plane": "--iterations 2 --batch-size 4",
     "lab.claims": "--list",
     "lab.faults": "--help",
+    "lab.fuzz": "--mutations 1",
     "lab.make_teacher": "--help",
     "support.benchmark": "--batch-size 2 --iterations 2 --device cpu --dtype fp32",
 }
