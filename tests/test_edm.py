@@ -528,6 +528,7 @@ def test_dmd2_s_students_have_edm_s_names(fixture, model, tmp_path):
     assert torch.equal(student(x, 999, cond), model.denoiser(x, 999, cond))
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(classes, tmp_path):
     """Adam's first moment after one iteration, that is; its steps are the sign of gradients, many
     of which are next to nothing here. At the cleanest levels the loss divides by sigma = 0.002 what

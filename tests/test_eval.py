@@ -506,6 +506,7 @@ def test_patch_fid_reads_the_middle_of_the_image_as_it_was_drawn(inception, tmp_
     )
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_reference_of_one_and_say_what_it_lacks(
     inception, two_folders, tmp_path, capsys
 ):
@@ -844,25 +845,13 @@ def test_images_of_no_numbers_are_one_line(class_runs, tmp_path, capsys):
 
     shutil.copytree(class_runs[0], tmp_path / "run")
     file = tmp_path / "run" / "student" / "diffusion_pytorch_model.safetensors"
-    save_file(
-        {name: torch.full_like(tensor, math.nan) for name, tensor in load_file(file).items()}, file
-    )
-    assert (
-        run(
-            "eval",
-            "--student",
-            tmp_path / "run",
-            *CLASSES,
-            "--no-teacher",
-            "--out",
-            tmp_path / "out",
-        )
-        == 1
-    )
-    assert (
-        "student, 1 step: its samples hold NaN or infinity" in capsys.readouterr().err
-        and not (tmp_path / "out" / "metrics.json").exists()
-    )
+    weights = load_file(file)
+    weights["conv_out.weight"] = torch.full_like(weights["conv_out.weight"], 3e38)
+    save_file(weights, file)
+    flags = [*CLASSES, "--no-teacher", "--out", tmp_path / "out"]
+    assert run("eval", "--student", tmp_path / "run", *flags) == 1
+    assert "student, 1 step: the samples hold NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_prompts_of_a_class_conditional_model_are_labels_or_names(tmp_path, capsys):

@@ -198,7 +198,7 @@ def without_first(tensors):
 
 
 def without_some(tensors):
-    return dict(list(tensors.items())[5:])
+    return dict(list(tensors.items())[:-5])
 
 
 def with_another(tensors):
