@@ -759,6 +759,7 @@ def test_an_evaluation_goes_on_where_it_was_and_mends_damaged_parts(class_runs, 
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_numbers_of_one(class_runs, tmp_path):
     flags = ["--student", class_runs[0], *CLASSES]
     assert run("eval", *flags, "--out", tmp_path / "one") == 0

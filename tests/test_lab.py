@@ -38,9 +38,9 @@ def run_claims(tmp_path, *numbers):
     assert all(f"### Claim {number}:" in table.read_text() for number in numbers)
 
 
-def test_claims_run_with_their_probes(tmp_path):
-    """Claim 8 reads the density ratio, 11 measures the teacher's mean and variance."""
-    run_claims(tmp_path, 8, 11)
+def test_a_claim_runs(tmp_path):
+    """Claim 11 also measures the teacher's mean and variance."""
+    run_claims(tmp_path, 11)
 
 
 @pytest.mark.slow
