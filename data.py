@@ -110,11 +110,27 @@ class Prompts:
         return texts
 
 
+def warn_of_cut(model, prompts, most=100_000):
+    """Say how many of the prompts are longer than the text encoder's input, which cuts them."""
+    tokenizer = getattr(model.pipe, "tokenizer", None)
+    prompts = list(prompts)[:most]
+    if tokenizer is None or not prompts:
+        return
+    lengths = [len(tokens) for tokens in tokenizer(prompts, verbose=False).input_ids]
+    longest = tokenizer.model_max_length
+    cut = sum(length > longest for length in lengths)
+    if cut:
+        fsdp.print_main(
+            f"{cut} of {len(prompts)} prompts are longer than {longest} tokens, the first and "
+            "the last of which mark the ends: their rest is cut off"
+        )
+
+
 def training_prompts(path, model):
     """The prompts of a file; without one the model's own, else the embedded set's captions."""
     if path:
         prompts = read_prompts(path)
-        model.warn_of_cut(prompts)
+        warn_of_cut(model, prompts)
         return Prompts(prompts)
     if model.prompts:
         return Prompts(model.prompts)
@@ -156,7 +172,8 @@ class EmbeddedImages:
             image = self.images[i // self.views, None]
             generator = torch.Generator().manual_seed(mix_seed(i, 0))
             moved = embedded.shift_and_scale(image, generator, self.width)
-            self.x[i] = self.model.encode_images(moved)[0]
+            with models.compute_in(self.model.dtype, moved):
+                self.x[i] = self.model.encode_images(moved)[0]
             self.known[i] = True
         return self.x[view], self.prompts((view // self.views).tolist(), draws)
 
@@ -196,7 +213,7 @@ def real_data(model, path=None):
         real = ImageFolder(path, model)
     check_labels(model, real)
     if model.labels is None:
-        model.warn_of_cut(real.captions_in_all())
+        warn_of_cut(model, real.captions_in_all())
     return real
 
 
@@ -391,7 +408,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     if args.what != "pairs" and not args.images:
         parser.error(f"{args.what} need --images DIR, a folder of images")
-    device, dtype = models.device_and_dtype(args)
+    device, dtype = fsdp.device_and_dtype(args)
     bad = {}
     try:
         if args.what == "pixels":

@@ -53,7 +53,6 @@ import torch
 
 import data
 import fsdp
-import models
 import sample
 from support import images, judges, pictures, references, report
 from support.checkpoint import make_writable, replace_text
@@ -227,7 +226,7 @@ class Setting:
                     "where COCO's are"
                 )
             known = read_prompts(args.prompts) if args.prompts else model.prompts
-            model.warn_of_cut(known)
+            data.warn_of_cut(model, known)
             if model.labels is not None:
                 known = [str(model.label(prompt)) for prompt in known]
                 prompts = [known[i % len(known)] for i in range(count)]
@@ -338,7 +337,7 @@ def evaluate(args):
         args.student or args.compare or args.teacher_only or args.model
     )
     if args.write_reference or only_images:
-        models.device_and_dtype(args)
+        fsdp.device_and_dtype(args)
         setting = Setting(args)
         if args.write_reference:
             return references.write(args.write_reference, setting)
@@ -399,7 +398,7 @@ def draw_curves(out, students, table):
 
 def main(arguments=None):
     args = parse_arguments(arguments)
-    args.device, _ = models.device_and_dtype(args)
+    args.device, _ = fsdp.device_and_dtype(args)
     fsdp.start("none", args.device)
     fsdp.broadcast_from_main(make_writable, args.out)
     try:

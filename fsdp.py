@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from support import cli
@@ -68,6 +68,29 @@ def print_main(text):
 def own_device(device):
     """Under a launcher each process takes one GPU."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if launched() and device == "cuda" else device
+
+
+def device_and_dtype(args):
+    """--device and --dtype where the command line leaves them open."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(args.device)
+    args.dtype = args.dtype or default_dtype(args.device)
+    return own_device(args.device), getattr(torch, args.dtype)
+
+
+def default_dtype(device):
+    """bfloat16 where the hardware multiplies in it: GPUs, and CPUs that say so."""
+    if torch.device(device).type == "cpu":
+        can = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
+        return "bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
+    return "bfloat16"
+
+
+def check_device(device):
+    try:
+        (torch.ones(1, device=device) + 1).item()  # meta, which computes nothing, fails here
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used: {cli.first_line(error)}") from None
 
 
 def start(shard, device):
@@ -173,6 +196,13 @@ def shard(module, mesh, device, dtype):
             fully_shard(block, **options)
     fully_shard(module, **options)
     return module.to(device)  # buffers; fully_shard has moved the parameters
+
+
+def reduce_gradients(module, now):
+    """Whether the next backward pass averages the gradients over the ranks. Of micro-batches only
+    the last one's has to; until then each rank adds up whole gradients of its own."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(now)
 
 
 def full_tensor(tensor):

@@ -24,7 +24,7 @@ import torch.utils.checkpoint
 
 import fsdp
 from support import edm, pipelines
-from support.cli import UserError, first_line
+from support.cli import UserError
 from support.weights import fingerprint
 
 ASSETS = (Path(__file__).parent / "assets").resolve()
@@ -151,22 +151,29 @@ class Denoiser(torch.nn.Module):
         self.family = family
         self.dtype = dtype
 
-    def forward(self, x_t, t, cond, schedule=None):
+    def forward(self, x_t, t, cond, schedule=None, count=None):
         """x_t (B, C, H, W), t (B,) or an int, cond -> x0 (B, C, H, W), float32.
 
-        schedule: another table that t is an index of.
+        schedule: another table that t is an index of. count: see x0_and_features.
         """
         schedule = schedule or self.schedule
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         alpha, sigma = schedule.at(t, x_t)
         scaled = x_t * edm_input_scale(sigma) if self.prediction == "edm" else x_t
-        with compute_in(self.dtype, x_t.device):
+        with compute_in(self.dtype, x_t):
             output = self.family.call(self.network, scaled, schedule.network_time[t], cond)
+        x_t, alpha, sigma = x_t[:count], alpha[:count], sigma[:count]
         return x0_from_output(self.prediction, output.float(), x_t, alpha, sigma)
 
-    def x0_and_features(self, x_t, t, cond):
-        """The same and, from that one pass, the features of the network's middle (B, C, h, w)."""
-        seen = []
+    def x0_and_features(self, x_t, t, cond, count=None, x0_graph=True):
+        """x0 and, from the same pass, the features of the network's middle (B, C, h, w).
+
+        count: x0 of the first so many samples only. The blocks above the middle see no others.
+        x0_graph: whether these blocks keep what a backward pass from x0 needs.
+        """
+        seen, total = [], len(x_t)
+        count = total if count is None else count
+        grad_before = torch.is_grad_enabled()
 
         def keep_input(block, inputs):
             seen.append(inputs[0])
@@ -174,43 +181,94 @@ class Denoiser(torch.nn.Module):
         def keep_output(block, inputs, output):
             seen.append(output)
 
+        def stop_graph(block, inputs):
+            torch.set_grad_enabled(False)
+
+        def keep_first(block, inputs, options):
+            return first_samples(inputs, total, count), first_samples(options, total, count)
+
+        middle = self.network.mid_block
         if self.family.features == "input":
-            hook = self.network.mid_block.register_forward_pre_hook(keep_input)
+            hooks = [middle.register_forward_pre_hook(keep_input)]
         else:
-            hook = self.network.mid_block.register_forward_hook(keep_output)
+            hooks = [middle.register_forward_hook(keep_output)]
+        if not x0_graph:
+            hooks.append(self.network.up_blocks[0].register_forward_pre_hook(stop_graph))
+        if count < total:
+            for block in self.network.up_blocks:
+                hooks.append(block.register_forward_pre_hook(keep_first, with_kwargs=True))
         try:
-            x0 = self(x_t, t, cond)
+            x0 = self(x_t, t, cond, count=count)
         finally:
-            hook.remove()
+            torch.set_grad_enabled(grad_before)
+            for hook in hooks:
+                hook.remove()
         return x0, seen[0]
 
 
+def first_samples(value, total, count):
+    """The first `count` of `total` samples of a tensor, or of all tensors in a tuple or dict."""
+    if isinstance(value, torch.Tensor):
+        return value[:count] if value.dim() > 0 and len(value) == total else value
+    if isinstance(value, (tuple, list)):
+        return tuple(first_samples(part, total, count) for part in value)
+    if isinstance(value, dict):
+        return {name: first_samples(part, total, count) for name, part in value.items()}
+    return value
+
+
+# Tokens from which fused attention in bfloat16 is faster on a CPU with its backward pass too.
+# Measured: .29 of the time without one and 1.58 with it at 64 tokens, .32 and .61 at 256, .24 and
+# .36 at 1,024.
+FUSED_FROM = 256
+
+
 @contextlib.contextmanager
-def compute_in(dtype, device):
-    """Matrix products in `dtype`; master weights stay float32. On the CPU bfloat16 attention takes
-    plain matrix products: the fused kernel's backward pass is several times slower there."""
+def compute_in(dtype, x_t):
+    """Matrix products in `dtype` for inputs like x_t; master weights stay float32. On the CPU the
+    backward pass of bfloat16's fused attention is slow on small maps: they take plain products."""
     if dtype == torch.float32:
         yield
         return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, dtype))
-        if device.type == "cpu":
+        stack.enter_context(torch.autocast(x_t.device.type, dtype))
+        tokens = x_t.shape[-2] * x_t.shape[-1]
+        if x_t.device.type == "cpu" and torch.is_grad_enabled() and tokens < FUSED_FROM:
             math_only = torch.nn.attention.SDPBackend.MATH
             stack.enter_context(torch.nn.attention.sdpa_kernel(math_only))
         yield
 
 
+@contextlib.contextmanager
+def keep_casts():
+    """Within it compute_in casts a trained weight to bfloat16 once, not once a pass. Whoever moves
+    the weights calls torch.clear_autocast_cache()."""
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+
+
 def checkpoint_activations(denoiser):
     """Recompute activations in the backward pass, with the kernels of the forward pass."""
 
+    size = denoiser.network.config.sample_size
+    like = torch.empty(1, size, size, device=denoiser.schedule.alpha.device)
+
     def contexts():
-        device = denoiser.schedule.alpha.device
-        return contextlib.nullcontext(), compute_in(denoiser.dtype, device)
+        return contextlib.nullcontext(), compute_in(denoiser.dtype, like)
 
     recompute = functools.partial(
         torch.utils.checkpoint.checkpoint, use_reentrant=False, context_fn=contexts
     )
     denoiser.network.enable_gradient_checkpointing(recompute)
+
+
+def join(cond, other):
+    """Two conditions as one, along the batch."""
+    return {name: torch.cat([cond[name], other[name]]) for name in cond}
 
 
 def take(batch, index):
@@ -231,7 +289,7 @@ def cond_and_uncond_x0(teacher, x_t, t, cond, uncond, guidance):
     if guidance == 1:
         x0_cond = teacher(x_t, t, cond)
         return x0_cond, x0_cond
-    both = {name: torch.cat([cond[name], uncond[name].expand_as(cond[name])]) for name in cond}
+    both = join(cond, {name: uncond[name].expand_as(cond[name]) for name in cond})
     t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
     return teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
 
@@ -295,13 +353,13 @@ class FakeScore(torch.nn.Module):
         self.head = head
         self.register_buffer("ratio_means", torch.ones(bins))
 
-    def forward(self, x_t, t, cond):
+    def forward(self, x_t, t, cond, count=None, x0_graph=True):
         """x_t (B, C, H, W), t (B,) or an int, cond -> x0 (B, C, H, W) and logit (B,), float32.
-        Without a head the logit is None."""
+        Without a head the logit is None. count, x0_graph: see Denoiser.x0_and_features."""
         if self.head is None:
             return self.denoiser(x_t, t, cond), None
-        x0, features = self.denoiser.x0_and_features(x_t, t, cond)
-        with compute_in(self.denoiser.dtype, x_t.device):
+        x0, features = self.denoiser.x0_and_features(x_t, t, cond, count, x0_graph)
+        with compute_in(self.denoiser.dtype, x_t):
             return x0, self.head(features).float()
 
 
@@ -362,42 +420,6 @@ def last_input(student, noise, cond, timesteps):
         x0 = student(x_t, t, cond)
         x_t = schedule.alpha[s] * x0 + schedule.sigma[s] * eps
     return x_t
-
-
-# EDM's settings for ImageNet-64: S_churn, S_min, S_max, S_noise.
-STOCHASTIC = {"churn": 40, "low": 0.05, "high": 50.0, "noise": 1.003}
-
-
-def heun_sample(x0_of, noise, schedule, steps):
-    """EDM's samplers (2206.00364, algorithms 1 and 2): Heun's second-order steps through the first
-    `steps` levels of the schedule, then one of first order to no noise. 2 steps - 1 passes.
-
-    noise (S, B, ...). In a schedule of twice as many levels (stochastic_levels) the level at
-    steps + t is what noise[steps - t] raises level t to before the step from there: algorithm 2.
-    """
-    sigma = schedule.sigma
-    x_t = schedule.noise_scale * noise[0]  # (B, C, H, W)
-    for t in range(steps - 1, 0, -1):
-        start = t
-        if len(schedule) > steps:
-            start = steps + t
-            added = (sigma[start] ** 2 - sigma[t] ** 2).sqrt()
-            x_t = x_t + STOCHASTIC["noise"] * added * noise[steps - t]
-        step = sigma[t - 1] - sigma[start]
-        slope = (x_t - x0_of(x_t, start)) / sigma[start]
-        x_s = x_t + step * slope
-        x_t = x_t + step * (slope + (x_s - x0_of(x_s, t - 1)) / sigma[t - 1]) / 2
-    return x0_of(x_t, 0)
-
-
-def stochastic_levels(steps):
-    """EDM's levels, and after them those that each is raised to."""
-    levels = edm_schedule(steps)
-    gamma = min(STOCHASTIC["churn"] / steps, 2**0.5 - 1)
-    within = (levels.sigma >= STOCHASTIC["low"]) & (levels.sigma <= STOCHASTIC["high"])
-    raised = torch.where(within, (1 + gamma) * levels.sigma, levels.sigma)
-    sigma = torch.cat([levels.sigma, raised])
-    return Schedule(torch.ones_like(sigma), sigma, sigma.log() / 4, levels.noise_scale)
 
 
 # ----------------------------------------------------------------------------- model families
@@ -516,6 +538,8 @@ class Model:
         self.origin = self.denoiser
         self.frozen_dtype = dtype  # of a teacher that is not trained on
         config = network.config
+        if type(config.sample_size) is not int or config.sample_size < 1:
+            raise UserError(f"{name}: the sample_size of its network is {config.sample_size!r}")
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.image_size = config.sample_size * getattr(pipe, "vae_scale_factor", 1)
         self.text_encoders = [
@@ -526,6 +550,9 @@ class Model:
         self.vae = pipe.vae
         self.encoder_print = None  # tells latents of one VAE from those of another
         if self.vae is not None:
+            scale = self.vae.config.scaling_factor
+            if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+                raise UserError(f"{name}: the scaling_factor of its VAE is {scale!r}")
             self.vae.requires_grad_(False).eval().to(self.encoder_device, torch.float32)
             self.encoder_print = fingerprint(self.vae) if own_vae else None
         self.decodes = self.vae is not None
@@ -548,21 +575,6 @@ class Model:
             name: value.to(self.device, torch.float32 if value.is_floating_point() else None)
             for name, value in cond.items()
         }
-
-    def warn_of_cut(self, prompts, most=100_000):
-        """Say how many of the prompts are longer than the text encoder's input, which cuts them."""
-        tokenizer = getattr(self.pipe, "tokenizer", None)
-        prompts = list(prompts)[:most]
-        if tokenizer is None or not prompts:
-            return
-        lengths = [len(tokens) for tokens in tokenizer(prompts, verbose=False).input_ids]
-        longest = tokenizer.model_max_length
-        cut = sum(length > longest for length in lengths)
-        if cut:
-            fsdp.print_main(
-                f"{cut} of {len(prompts)} prompts are longer than {longest} tokens, the first and "
-                "the last of which mark the ends: their rest is cut off"
-            )
 
     @functools.cached_property
     def uncond(self):
@@ -661,8 +673,8 @@ def load_model(path, device="cpu", dtype=torch.float32, vae=None, config=None, *
     local directory of a pipeline of its kind (else the hub is asked). options: see Model.
     Raises UserError in one line.
     """
-    check_device(device)
-    check_device(options.get("encoder_device") or device)
+    fsdp.check_device(device)
+    fsdp.check_device(options.get("encoder_device") or device)
     if edm.is_edm(path):
         network = edm.load_network(path)
         names = edm.label_names(path, network.config.num_class_embeds, ASSETS)
@@ -673,19 +685,3 @@ def load_model(path, device="cpu", dtype=torch.float32, vae=None, config=None, *
         model = Model(str(path), FAMILIES[kind], pipe, device, dtype, **options)
         model.uncond  # noqa: B018, parts that do not fit one another fail here
     return model
-
-
-def device_and_dtype(args):
-    """--device and --dtype where the command line leaves them open."""
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(args.device)
-    on_gpu = torch.device(args.device).type == "cuda"
-    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    return fsdp.own_device(args.device), getattr(torch, args.dtype)
-
-
-def check_device(device):
-    try:
-        (torch.ones(1, device=device) + 1).item()  # meta, which computes nothing, fails here
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used: {first_line(error)}") from None

@@ -26,8 +26,10 @@ if __name__ == "__main__":
 
 import torch
 from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
 
 import data
+import fsdp
 import models
 from support import pictures, students
 from support.cli import UserError
@@ -55,6 +57,7 @@ class TeacherSampler:
     steps: int
     guidance: float
     kind: str | None = None
+    progress: tqdm | None = None  # a bar of sample-passes
 
     def __post_init__(self):
         edm = self.model.prediction == "edm"
@@ -64,16 +67,19 @@ class TeacherSampler:
         self.noises = self.steps if self.kind == "stochastic" else 1  # that it uses
         self.label = f"teacher, {plural(self.steps, 'step')}"
         self.levels = self.model.schedule
+        self.passes = self.steps
         if self.kind != "deterministic":
-            passes = 2 * self.steps - 1
-            self.label += f"\n{self.kind}, {passes} pass" + "es" * (passes > 1)
-            make = models.edm_schedule if self.kind == "heun" else models.stochastic_levels
+            self.passes = 2 * self.steps - 1
+            self.label += f"\n{self.kind}, {self.passes} pass" + "es" * (self.passes > 1)
+            make = models.edm_schedule if self.kind == "heun" else stochastic_levels
             self.levels = make(self.steps).to(self.model.device)
         self.label += f"\nguidance {self.guidance:g}"
 
     def x0(self, x_t, t, cond):
         model = self.model
         teacher = functools.partial(model.denoiser, schedule=self.levels)
+        if self.progress is not None:
+            self.progress.update(len(x_t))
         return models.guided_x0(teacher, x_t, t, cond, model.uncond, self.guidance)
 
     @torch.no_grad()
@@ -81,7 +87,7 @@ class TeacherSampler:
         """noise (S, B, C, H, W) -> x0 (B, C, H, W)"""
         x0_of = functools.partial(self.x0, cond=cond)
         if self.kind != "deterministic":
-            return models.heun_sample(x0_of, noise, self.levels, self.steps)
+            return heun_sample(x0_of, noise, self.levels, self.steps)
         timesteps = self.levels.timesteps(self.steps)
         return models.deterministic_sample(x0_of, noise[0], timesteps, self.levels)
 
@@ -102,6 +108,42 @@ class StudentSampler:
     def draw(self, noise, cond):
         """noise (S, B, C, H, W) -> x0 (B, C, H, W)"""
         return models.few_step_sample(self.student, noise[: self.noises], cond, self.timesteps)
+
+
+# EDM's settings for ImageNet-64: S_churn, S_min, S_max, S_noise.
+STOCHASTIC = {"churn": 40, "low": 0.05, "high": 50.0, "noise": 1.003}
+
+
+def heun_sample(x0_of, noise, schedule, steps):
+    """EDM's samplers (2206.00364, algorithms 1 and 2): Heun's second-order steps through the first
+    `steps` levels of the schedule, then one of first order to no noise. 2 steps - 1 passes.
+
+    noise (S, B, ...). In a schedule of twice as many levels (stochastic_levels) the level at
+    steps + t is what noise[steps - t] raises level t to before the step from there: algorithm 2.
+    """
+    sigma = schedule.sigma
+    x_t = schedule.noise_scale * noise[0]  # (B, C, H, W)
+    for t in range(steps - 1, 0, -1):
+        start = t
+        if len(schedule) > steps:
+            start = steps + t
+            added = (sigma[start] ** 2 - sigma[t] ** 2).sqrt()
+            x_t = x_t + STOCHASTIC["noise"] * added * noise[steps - t]
+        step = sigma[t - 1] - sigma[start]
+        slope = (x_t - x0_of(x_t, start)) / sigma[start]
+        x_s = x_t + step * slope
+        x_t = x_t + step * (slope + (x_s - x0_of(x_s, t - 1)) / sigma[t - 1]) / 2
+    return x0_of(x_t, 0)
+
+
+def stochastic_levels(steps):
+    """EDM's levels, and after them those that each is raised to."""
+    levels = models.edm_schedule(steps)
+    gamma = min(STOCHASTIC["churn"] / steps, 2**0.5 - 1)
+    within = (levels.sigma >= STOCHASTIC["low"]) & (levels.sigma <= STOCHASTIC["high"])
+    raised = torch.where(within, (1 + gamma) * levels.sigma, levels.sigma)
+    sigma = torch.cat([levels.sigma, raised])
+    return models.Schedule(torch.ones_like(sigma), sigma, sigma.log() / 4, levels.noise_scale)
 
 
 def column_noise(model, columns, steps, seed, first=0):
@@ -188,7 +230,7 @@ def load_teacher(args, config):
     """The model that --model names, or else the one of the run with that configuration."""
     if args.vae == "none":
         raise UserError("--vae none leaves out the decoder, without which there are no images")
-    device, dtype = models.device_and_dtype(args)
+    device, dtype = fsdp.device_and_dtype(args)
     path = data.model_path(args.model or config.get("model"))
     if not args.model and Path(path).is_absolute() and not Path(path).exists():
         raise UserError(f"the run's teacher, {path}, is gone: name its new place by --model")
@@ -284,7 +326,7 @@ def main(arguments=None):
     paths = args.compare or [args.student or flags.DEFAULT_RUN]
     model, loaded, guidance = load_teacher_and_students(args, paths)
     prompts = chosen or model.sample_prompts or PROMPTS
-    model.warn_of_cut(prompts)
+    data.warn_of_cut(model, prompts)
     cond = model.encode(prompts)
 
     steps = {steps for student in loaded for steps in student.steps}

@@ -17,6 +17,7 @@ optimizers.
 """
 
 import dataclasses
+import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ import models
 import sample
 from models import take
 from support import checkpoint, runlog, runs, students
+from support.ahead import Ahead
 from support.networks import Networks
 
 # Each paper's method is a preset of the switches; a flag on the command line overrides it.
@@ -188,11 +190,11 @@ def has_scores(args):
 # ----------------------------------------------------------------------------- one iteration
 
 
-def iterate(nets, sources, iteration, args):
+@models.keep_casts()
+def iterate(nets, batch, iteration, args):
     """Draw samples of the student; every K-th time move the student; always move the fake score.
     Returns metrics, tensors."""
     set_learning_rates(nets, iteration, args)
-    batch = draw_batch(nets, sources, iteration, args)
     parts = batch.split(args.micro_batch)
     student_turn = is_student_turn(iteration, args)
 
@@ -235,6 +237,7 @@ def student_step(nets, parts, args):
 
     # 3. Move it there: the gradient of losses.surrogate_loss(x, dm + ca), and of what is added.
     for part in parts:
+        fsdp.reduce_gradients(nets.student, part is parts[-1])
         if has_scores(args):
             gradient = (part.dm + part.ca) / part.x[0].numel() + part.extra  # (B, C, H, W)
             x = part.x
@@ -266,9 +269,9 @@ def read_scores(nets, part, args):
     # The fake score at tau_DM, and what acts on x besides DM and CA.
     x_t = schedule.add_noise(x, part.eps_dm, part.t_dm)
     with torch.set_grad_enabled(args.gan_weight > 0):
-        x0_fake, logit = nets.fake_score(x_t, part.t_dm, part.cond)  # (B, C, H, W), (B,)
+        x0_fake, logit = nets.fake_score(x_t, part.t_dm, part.cond, x0_graph=False)
     part.extra = extra_gradient(x, logit, nets.mean_variance_target, args)
-    x, x_t, x0_fake = x.detach(), x_t.detach(), x0_fake.detach()
+    x, x_t, x0_fake = x.detach(), x_t.detach(), x0_fake.detach()  # (B, C, H, W)
     part.logit = None if logit is None else logit.detach()
 
     # The teacher at tau_DM and at tau_CA. Only a guided normaliser, or CA, needs x0_uncond.
@@ -357,16 +360,22 @@ def fake_score_step(nets, parts, args):
     batch_size = sum(len(part.x) for part in parts)
     fake_loss, correct = [], []
     for part in parts:
+        fsdp.reduce_gradients(nets.fake_score, part is parts[-1])
         x = part.x.detach()
         x_t = nets.schedule.add_noise(x, part.eps_fake, part.t_fake)
-        x0_fake, logit_fake = nets.fake_score(x_t, part.t_fake, part.cond)  # (B, C, H, W), (B,)
+        if args.gan_weight > 0:  # samples and real data in one pass; x0 is of the samples only
+            x_t_real = nets.schedule.add_noise(part.x_real, part.eps_real, part.t_fake)
+            both = (torch.cat([x_t, x_t_real]), torch.cat([part.t_fake, part.t_fake]))
+            cond = models.join(part.cond, part.cond_real)
+            x0_fake, logits = nets.fake_score(*both, cond, count=len(x))  # (B, C, H, W), (2 B,)
+            logit_fake, logit_real = logits.chunk(2)
+        else:
+            x0_fake, _ = nets.fake_score(x_t, part.t_fake, part.cond)  # (B, C, H, W)
         alpha, sigma = nets.schedule.at(part.t_fake, x)
         weight = losses.denoising_weight(nets.model.prediction, alpha, sigma)
         loss = losses.denoising_loss(x0_fake, x, weight)  # (B,)
         fake_loss.append(loss.detach())
         if args.gan_weight > 0:
-            x_t_real = nets.schedule.add_noise(part.x_real, part.eps_real, part.t_fake)
-            _, logit_real = nets.fake_score(x_t_real, part.t_fake, part.cond_real)
             loss = loss + args.critic_weight * losses.gan_critic_loss(logit_real, logit_fake)
             correct += [logit_real.detach() > 0, logit_fake.detach() < 0]
         (loss.sum() / batch_size).backward()
@@ -403,8 +412,9 @@ def train(nets, sources, config, args, make_gallery):
 
 
 def loop(nets, sources, config, args, start, log, gallery, tracker, stop):
+    draw = functools.partial(draw_batch, nets, sources, args=args)
     progress = tqdm(
-        range(start, args.iterations),
+        Ahead(draw, start, args.iterations, nets.model.device),
         initial=start,
         total=args.iterations,
         desc=args.variant,
@@ -412,12 +422,12 @@ def loop(nets, sources, config, args, start, log, gallery, tracker, stop):
         disable=not fsdp.is_main(),
     )
     with progress:
-        for iteration in progress:
+        for iteration, batch in progress:
             # Student step and fake-score step.
             done = iteration + 1
             last = done == args.iterations
             try:
-                metrics = iterate(nets, sources, iteration, args)
+                metrics = iterate(nets, batch, iteration, args)
                 row = log.add(done, metrics, last)
             except fsdp.NotFinite as error:
                 students.write_student(args.out, nets, config)  # the last good one
@@ -468,7 +478,8 @@ def open_sources(model, args):
 
 def prepare(args, load_model=models.load_model, mesh=None):
     """The networks, and what they are trained on."""
-    device, dtype = models.device_and_dtype(args)
+    device, dtype = fsdp.device_and_dtype(args)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     model = load_model(
         data.model_path(args.model),
         device,

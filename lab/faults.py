@@ -241,7 +241,7 @@ def plant(kind, rank=1, iteration=3):
         return
     iterate = train.iterate
 
-    def spoiled_iterate(nets, sources, number, args):
+    def spoiled_iterate(nets, batch, number, args):
         if number == iteration and kind == "nan":
             next(nets.student.parameters()).to_local().data.view(-1)[0] = float("nan")
         if number == iteration and kind == "exception":
@@ -250,7 +250,7 @@ def plant(kind, rank=1, iteration=3):
             os.kill(os.getpid(), signal.SIGKILL)
         if number == iteration and kind == "hang":
             time.sleep(3600)
-        return iterate(nets, sources, number, args)
+        return iterate(nets, batch, number, args)
 
     train.iterate = spoiled_iterate
 

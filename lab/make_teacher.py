@@ -101,7 +101,7 @@ def train(stage, iterations, modules, loss_of, args, average=None):
     for iteration in progress:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * learning_rate_scale(iteration, iterations)
-        with models.compute_in(getattr(torch, args.dtype), torch.device(args.device)):
+        with models.compute_in(getattr(torch, args.dtype), torch.empty(8, 8, device=args.device)):
             loss = loss_of(generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)

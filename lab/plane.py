@@ -140,7 +140,8 @@ class PointNetwork(ModelMixin, ConfigMixin):
         unflatten = torch.nn.Unflatten(1, (width, 1, 1))
         self.mid_block = torch.nn.Sequential(Linear(width, width), SiLU(), unflatten)
         flatten = torch.nn.Flatten()
-        self.up_block = torch.nn.Sequential(flatten, Linear(width, width), SiLU(), Linear(width, 2))
+        up_block = torch.nn.Sequential(flatten, Linear(width, width), SiLU(), Linear(width, 2))
+        self.up_blocks = torch.nn.ModuleList([up_block])
 
     def forward(self, sample, timestep, class_labels, return_dict=False):
         frequencies = torch.arange(1, 9, device=sample.device)
@@ -148,7 +149,8 @@ class PointNetwork(ModelMixin, ConfigMixin):
         embedded = self.embed_time(torch.cat([angles.sin(), angles.cos()], 1))
         embedded = embedded + self.embed_label(class_labels)
         hidden = self.down_block(self.enter(sample.flatten(1)) + embedded)  # (B, width)
-        return (self.up_block(self.mid_block(hidden)).view_as(sample),)
+        output = self.up_blocks[0](self.mid_block(hidden))
+        return (output.view(-1, *sample.shape[1:]),)
 
 
 def sd_schedule():

@@ -70,7 +70,8 @@ def run_trial(out, trial, rate, seed):
     metrics, latest = {"diverged": 0.0}, {}
     for iteration in range(iterations):
         try:
-            latest |= train.iterate(nets, sources, iteration, args)
+            batch = train.draw_batch(nets, sources, iteration, args)
+            latest |= train.iterate(nets, batch, iteration, args)
         except fsdp.NotFinite:
             metrics["diverged"] = 1.0
             break

@@ -3,9 +3,10 @@
     python -m support.benchmark 20                   # seconds an iteration of the default run
     python -m support.benchmark 20 --gan-weight 0 --batch-size 8        # with any flags of train.py
     torchrun --standalone --nproc_per_node=2 -m support.benchmark 20   # also: what sharing it costs
-    python -m support.benchmark memory         # Stable Diffusion's weights and optimizers, computed
 
-Each iteration is timed in turn with the passes through networks that it cannot avoid.
+Each iteration is timed in turn with the passes through networks that it cannot avoid. Its batch is
+drawn before the clock starts, as a run draws it in the background; then as many iterations show how
+long they wait for that.
 """
 
 import copy
@@ -21,78 +22,16 @@ if __name__ == "__main__":
     cli.answer_early(flags.benchmark_parser, __doc__)
 
 import torch
-from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
-import data
 import fsdp
 import models
 import train
+from support.ahead import Ahead
 from support.cli import UserError
-
-# The UNets' configurations, as the hub has them.
-FULL_SIZE = {
-    "SD1.5 512": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
-    "SDXL 1024": dict(
-        sample_size=128,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(320, 640, 1280),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    ),
-}
-
+from support.costs import bare_iteration
 
 # ----------------------------------------------------------------------------- seconds
-
-
-def bare_iteration(nets, sources, iteration, args):
-    """The passes through networks that train.iterate cannot avoid, and nothing else."""
-    count, device = len(fsdp.local_slice(args.batch_size)), nets.model.device
-    x = torch.randn(count, *nets.model.sample_shape, device=device)
-    cond = nets.model.encode([""] * count)
-    has_gan, student_turn = args.gan_weight > 0, train.is_student_turn(iteration, args)
-
-    # The student's samples.
-    earlier = 0
-    if args.student_input == "backward":
-        draws = data.Draws(args.seed, iteration, args.batch_size)
-        earlier = draws.below(len(nets.timesteps))
-    with torch.no_grad():
-        for _ in range(earlier + (not student_turn)):
-            nets.student(x, 500, cond)
-
-    # The student's step.
-    if student_turn:
-        coupled = args.schedule == "coupled"
-        scale = args.guidance if coupled or args.normaliser == "guided" else 1
-        with torch.no_grad():
-            models.cond_and_uncond_x0(nets.teacher, x, 500, cond, nets.uncond, scale)
-            if not coupled:
-                models.cond_and_uncond_x0(nets.teacher, x, 500, cond, nets.uncond, args.guidance)
-        x_t = x.clone().requires_grad_()
-        with torch.set_grad_enabled(has_gan):
-            _, logit = nets.fake_score(x_t, 500, cond)
-        if has_gan:
-            torch.autograd.grad(logit.sum(), x_t)
-        for _ in range(1 + (args.regression_weight > 0)):
-            nets.student(x, 500, cond).backward(x)
-        nets.student.zero_grad()
-
-    # The fake score's step.
-    x0_fake, logit = nets.fake_score(x, 500, cond)
-    loss = x0_fake.sum()
-    if has_gan:
-        _, logit_real = nets.fake_score(x, 500, cond)
-        loss = loss + logit.sum() + logit_real.sum()
-    loss.backward()
-    nets.fake_score.zero_grad()
 
 
 def clock(device):
@@ -101,17 +40,45 @@ def clock(device):
     return time.perf_counter()
 
 
+@models.keep_casts()
+def bare_passes(nets, batch, iteration, args):
+    for part in batch.split(args.micro_batch):
+        bare_iteration(nets, part, iteration, args)
+
+
 def seconds_each(steps, nets, sources, args, count, title):
-    """[mean seconds of each of these steps], which take turns; 2 K iterations to warm up."""
+    """[mean seconds of each of these steps], which take turns; 2 K iterations to warm up. The last
+    is of drawing the batches."""
     device, warm = nets.model.device, 2 * args.fake_updates
-    seconds = [0.0] * len(steps)
+    seconds = [0.0] * (len(steps) + 1)
     for iteration in tqdm(range(warm + count), desc=title, disable=not fsdp.is_main()):
-        for i, step in enumerate(steps):
+        start = clock(device)
+        batch = train.draw_batch(nets, sources, iteration, args)
+        times = [clock(device) - start]
+        for step in steps:
             start = clock(device)
-            step(nets, sources, iteration, args)
-            if iteration >= warm:
-                seconds[i] += clock(device) - start
+            step(nets, batch, iteration, args)
+            times.insert(-1, clock(device) - start)
+        if iteration >= warm:
+            seconds = [total + more for total, more in zip(seconds, times)]
     return [total / count for total in seconds]
+
+
+def share_waiting(nets, sources, args, count, slower):
+    """How much of its time the main thread waits for batches, each of which takes so many seconds
+    longer to draw. The first, before which there is nothing to compute, does not count."""
+
+    def draw(iteration):
+        time.sleep(slower)
+        return train.draw_batch(nets, sources, iteration, args)
+
+    ahead = Ahead(draw, 0, count + 1, nets.model.device)
+    waited = began = 0.0
+    for iteration, batch in tqdm(ahead, desc="waiting", disable=not fsdp.is_main()):
+        if iteration == 1:
+            waited, began = ahead.waited, clock(nets.model.device)
+        train.iterate(nets, batch, iteration, args)
+    return (ahead.waited - waited) / (clock(nets.model.device) - began)
 
 
 def seconds_in_communication(nets, sources, args):
@@ -119,7 +86,8 @@ def seconds_in_communication(nets, sources, args):
     count = 2 * args.fake_updates
     with torch.profiler.profile() as profile:
         for iteration in range(count):
-            train.iterate(nets, sources, iteration, args)
+            batch = train.draw_batch(nets, sources, iteration, args)
+            train.iterate(nets, batch, iteration, args)
     total = 0.0
     for event in profile.key_averages():
         if event.key.startswith(("gloo:", "ncclDevKernel")):
@@ -157,13 +125,19 @@ def measure(args, count):
             torch.cuda.reset_peak_memory_stats()
     mesh = fsdp.start(args.shard, fsdp.own_device(args.device))
     nets, sources = train.prepare(args, mesh=mesh)
-    steps = [train.iterate, bare_iteration]
-    whole, bare = seconds_each(steps, nets, sources, args, count, "iterations")
+    steps = [train.iterate, bare_passes]
+    whole, bare, drawing = seconds_each(steps, nets, sources, args, count, "iterations")
     rate = args.batch_size / whole
     fsdp.print_main(
         f"{whole:.4f} s an iteration, {whole / bare:.3f} times the bare network calls "
         f"({bare:.4f} s); {rate:.1f} samples a second; peak memory "
-        f"{peak_memory(nets.model.device):.2f} GiB"
+        f"{peak_memory(nets.model.device):.2f} GiB; drawing its batch {drawing:.4f} s"
+    )
+    slower = whole / 2
+    shares = [100 * share_waiting(nets, sources, args, count, more) for more in (0, slower)]
+    fsdp.print_main(
+        f"waiting for data: {shares[0]:.2f} % of the time; {shares[1]:.2f} % with batches that "
+        f"take {slower:.3f} s longer to draw"
     )
     if not fsdp.launched():
         return
@@ -177,62 +151,12 @@ def measure(args, count):
     )
 
 
-# ----------------------------------------------------------------------------- memory, computed
-
-
-def lora_parameters(unet, rank):
-    """How many parameters LoRAs of this rank add to the layers that DMD2 adapts."""
-    count = 0
-    for name, module in unet.named_modules():
-        if name.endswith(models.UNET_LORA_LAYERS) and hasattr(module, "weight"):
-            outputs, *inputs = module.weight.shape
-            count += rank * (outputs + torch.Size(inputs).numel())
-    return count
-
-
-def memory(parameters, student_lora, fake_lora, gpus, average):
-    """GiB of parameters, gradients and optimizer state on each GPU with --shard full and bf16.
-
-    What is trained has a float32 weight, gradient and two moments, 16 bytes; the average has 4;
-    what is frozen 2. The LoRAs of one GPU share the teacher's parameters; under torchrun each
-    network has shards of its own of them. student_lora, fake_lora: their parameters, 0 for none.
-    """
-    frozen = 1
-    if gpus > 1 and student_lora:
-        frozen += 1 + average
-    if gpus > 1 and fake_lora:
-        frozen += 1
-    student, fake_score = student_lora or parameters, fake_lora or parameters
-    total = 2 * parameters * frozen + 16 * (student + fake_score) + 4 * student * average
-    return total / gpus / 2**30
-
-
-def print_memory():
-    print("| | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs |\n|---|---|---|---|---|")
-    for name, config in FULL_SIZE.items():
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(**config)
-        count = sum(parameter.numel() for parameter in unet.parameters())
-        lora = lora_parameters(unet, 64)
-        for title, student_lora, fake_lora, average in (
-            ("whole, averaged", 0, 0, True),
-            ("whole", 0, 0, False),
-            ("LoRA student, whole fake score", lora, 0, False),
-            ("LoRA student and fake score", lora, lora, False),
-        ):
-            row = [memory(count, student_lora, fake_lora, n, average) for n in (1, 2, 4, 8)]
-            cells = " | ".join(f"{gib:.1f}" for gib in row)
-            print(f"| {name}, {title} | {cells} |")
-
-
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else [str(word) for word in arguments]
-    what = flags.benchmark_parser(__doc__).parse_args(arguments).what
-    if what == "memory":
-        return print_memory()
-    if not what.isdecimal() or int(what) == 0 or arguments[0] != what:
-        raise UserError("begin with the number of iterations to time, or with `memory`")
-    return measure(train.parse_arguments(arguments[1:]), int(what))
+    count = flags.benchmark_parser(__doc__).parse_args(arguments).count
+    if arguments[0] != str(count):
+        raise UserError("begin with the number of iterations to time")
+    return measure(train.parse_arguments(arguments[1:]), count)
 
 
 if __name__ == "__main__":

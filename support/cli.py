@@ -79,7 +79,15 @@ class Parser(argparse.ArgumentParser):
             ) from None
 
     def parse_args(self, arguments=None, namespace=None):
-        args, unknown = self.parse_known_args(arguments, namespace)
+        try:
+            args, unknown = self.parse_known_args(arguments, namespace)
+        except UnicodeDecodeError:
+            raise UserError("the recipe cannot be read: it is not UTF-8 text") from None
+        except RecursionError:
+            raise UserError("the recipe cannot be read: it names itself") from None
+        for name, value in vars(args).items():
+            if value == "":
+                raise UserError(f"--{name.replace('_', '-')} is empty")
         if unknown:
             self.error(f"unknown argument {unknown[0]}{self.hint(unknown[0])}")
         return args

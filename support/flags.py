@@ -8,7 +8,7 @@ from support.cli import UserError
 
 DEFAULT_RUN = "runs/dmd2"
 SAMPLERS = ("deterministic", "heun", "stochastic")
-TRAINING_DTYPE = "bfloat16 on a GPU, float32 on a CPU; weights and optimizers are float32"
+TRAINING_DTYPE = "bfloat16 where the hardware has it, else float32; weights are float32"
 UNSAVED = ("out", "resume")  # flags that are no part of what a run is
 
 
@@ -443,5 +443,11 @@ def export_parser(doc):
 
 def benchmark_parser(doc):
     parser = train_parser(doc)
-    parser.add_argument("what", metavar="ITERATIONS", help="how many to time; or `memory`")
+    parser.add_argument("count", metavar="ITERATIONS", type=cli.positive, help="how many to time")
+    return parser
+
+
+def costs_parser(doc):
+    parser = cli.Parser(doc)
+    parser.add_argument("what", choices=("memory", "flops"))
     return parser

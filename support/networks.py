@@ -93,4 +93,11 @@ def trained(module):
 
 def make_optimizer(module, learning_rate):
     parameters = list(trained(module).values())
-    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=True)
+    optimizer.register_step_post_hook(forget_casts)
+    return optimizer
+
+
+def forget_casts(*_):
+    """The weights have moved: what models.keep_casts has kept of them is old."""
+    torch.clear_autocast_cache()

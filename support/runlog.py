@@ -1,6 +1,7 @@
 """What a run is watched by: metrics, health warnings, curves, images, trackers, signals."""
 
 import contextlib
+import functools
 import importlib
 import json
 import math
@@ -9,12 +10,15 @@ import signal
 import time
 from pathlib import Path
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 import fsdp
 import models
 import sample
-from support import pictures
+from support import checkpoint, pictures
 from support.checkpoint import explain_failed_write, replace_text
 from support.cli import UserError
 
@@ -44,8 +48,7 @@ def describe(nets, sources, args):
             on += f", {source.count:,} {name}"
     fsdp.print_main(
         f"teacher {nets.model.name}; student: {million:.1f} million trained parameters, timesteps "
-        f"{nets.timesteps}\n{on}; {args.dtype} on {args.device}, ranks: {fsdp.world_size()}; "
-        "drawing the teacher's samples"
+        f"{nets.timesteps}\n{on}; {args.dtype} on {args.device}, ranks: {fsdp.world_size()}"
     )
 
 
@@ -91,10 +94,10 @@ class Log:
 
     def read(self, iteration):
         """The rows up to the checkpoint that the run goes on from."""
-        rows = []
-        for line in (
-            self.path.read_text(errors="replace").splitlines() if self.path.exists() else ()
-        ):
+        rows, text = [], ""
+        if self.path.is_file():
+            text = self.path.read_text(errors="replace")
+        for line in text.splitlines():
             with contextlib.suppress(ValueError):  # a kill may leave the last line unfinished
                 rows.append(json.loads(line))
         return [row for row in rows if is_row(row) and row["iteration"] <= iteration]
@@ -159,6 +162,17 @@ class Log:
         pictures.draw_curves(curves, self.path.parent / "curves.png")
 
 
+PATIENCE = 60  # seconds that a run draws its teacher's samples for
+
+
+def read_samples(path, about):
+    """The tensor of a file that says this about itself, or None."""
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+        if file.metadata() == about:
+            return file.get_tensor("x0")
+    return None
+
+
 class Gallery:
     """Images of the run, from the same prompts and the same noise each time."""
 
@@ -167,15 +181,43 @@ class Gallery:
         self.nets, self.args = nets, args
         model, texts = nets.model, prompts.texts
         count = min(8, len(texts))
-        self.prompts = [texts[i * len(texts) // count] for i in range(count)]
+        chosen = [texts[i * len(texts) // count] for i in range(count)]
+        noise = sample.column_noise(model, count, args.student_steps + 1, args.seed)
+        self.teacher = sample.TeacherSampler(model, sample.teacher_steps(model), args.guidance)
+        self.x_teacher = self.teacher_samples(noise, chosen)
+        count = len(self.x_teacher)
+        self.prompts, self.noise = chosen[:count], noise[:, :count]
         self.cond = model.encode(self.prompts)
         self.batch = args.micro_batch or count
-        steps = args.student_steps + 1
-        self.noise = sample.column_noise(model, count, steps, args.seed)
-        teacher = sample.TeacherSampler(model, sample.teacher_steps(model), args.guidance)
-        self.x_teacher = sample.draw_in_batches(teacher, self.noise, self.cond, self.batch)
         self.teacher_std = self.x_teacher.flatten(1).std(dim=1).mean().item()
-        self.teacher_label = teacher.label
+
+    def teacher_samples(self, noise, prompts):
+        """What the run keeps of the teacher's samples, for itself and for resumes; else drawn."""
+        path = self.folder / "teacher.safetensors"
+        about = {"label": self.teacher.label, "seed": self.args.seed, "prompts": prompts}
+        about = {"about": json.dumps(about)}
+        x = fsdp.broadcast_from_main(read_samples, path, about)
+        if x is None:
+            x = self.draw_teacher(noise, prompts)
+            if fsdp.is_main():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                content = safetensors.torch.save({"x0": x.cpu().contiguous()}, about)
+                checkpoint.replace_file(path, functools.partial(Path.write_bytes, data=content))
+        return x.to(noise.device)
+
+    def draw_teacher(self, noise, prompts):
+        """Two at a time, until all are drawn or PATIENCE is over."""
+        cond, x, began = self.nets.model.encode(prompts), [], time.perf_counter()
+        passes = len(prompts) * self.teacher.passes
+        with tqdm(total=passes, desc="teacher", unit="pass", disable=not fsdp.is_main()) as bar:
+            self.teacher.progress = bar
+            for start in range(0, len(prompts), 2):
+                index = slice(start, start + 2)
+                x.append(self.teacher.draw(noise[:, index], models.take(cond, index)))
+                if fsdp.max_over_ranks(time.perf_counter() - began > PATIENCE):
+                    break
+            self.teacher.progress = None
+        return torch.cat(x)
 
     def draw(self, iteration):
         """Write an image of teacher, student, and what teacher and fake score make of the student's
@@ -190,7 +232,7 @@ class Gallery:
         path = self.folder / f"{iteration:06d}.png"
         if fsdp.is_main():
             rows = [
-                (self.teacher_label, model.decode(self.x_teacher, self.batch)),
+                (self.teacher.label, model.decode(self.x_teacher, self.batch)),
                 (student.label, model.decode(x, self.batch)),
                 (f"teacher's x0 of it\nat t = {t}", model.decode(x0_real, self.batch)),
                 ("fake score's x0\nof the same", model.decode(x0_fake, self.batch)),

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import fsdp
 import losses
-import models
 from support import checkpoint, cli, flags, students
 from support.cli import UserError
 
@@ -29,7 +28,7 @@ def parse_arguments(doc, presets, arguments=None):
         arguments = words + arguments
     args = flags.parse_train(doc, presets, arguments)
     args.out, args.resume = out, resumes
-    models.device_and_dtype(args)
+    fsdp.device_and_dtype(args)
     check_arguments(args)
     if saved:
         for change in checkpoint.differing(saved, configuration(args)):

@@ -138,7 +138,8 @@ def network_from_folder(folder, model):
         config = kind.load_config(folder)
         if config.get("_class_name") != kind.__name__:
             found = config.get("_class_name")
-            raise UserError(f"{folder} holds a {found}, not a {kind.__name__}")
+            holds = f"a {found}" if found else "no student/, and no network"
+            raise UserError(f"{folder} holds {holds}, not a {kind.__name__}")
         check_same_architecture(config, model, folder)
         return load_pretrained(kind, folder, use_safetensors=True, low_cpu_mem_usage=False)
 

@@ -8,9 +8,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 import data
+import fsdp
 import models
 from lab import plane
 from tests import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def float32():
+    """Training is in float32 here, whatever this processor has: equalities are to be seen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fsdp, "default_dtype", float32_everywhere)
+        yield
+
+
+def float32_everywhere(device):
+    return "float32"
 
 
 @pytest.fixture(scope="session")

@@ -51,6 +51,7 @@ TINY = {
     "lab.faults": "--help",
     "lab.fuzz": "--mutations 1",
     "lab.make_teacher": "--help",
+    "support.costs flops": "--help",
     "support.benchmark": "--batch-size 2 --iterations 2 --device cpu --dtype fp32",
 }
 

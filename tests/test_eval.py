@@ -1060,9 +1060,9 @@ def test_stochastic_sampler_is_edm_s():
     """Algorithm 2 of 2206.00364 as it is printed, with the paper's numbers for ImageNet-64, on the
     embedded teacher."""
     assert (
-        models.stochastic_levels(256).sigma[256:].max() == 80
+        sample.stochastic_levels(256).sigma[256:].max() == 80
     )  # beyond S_max nothing is added; below it 40 / 256
-    ratio = models.stochastic_levels(256).sigma[256:] / models.stochastic_levels(256).sigma[:256]
+    ratio = sample.stochastic_levels(256).sigma[256:] / sample.stochastic_levels(256).sigma[:256]
     assert (
         torch.where(ratio > 1, ratio, 1 + 40 / 256).sub(1 + 40 / 256).abs().max() < 1e-5
         and 1 < (ratio == 1).sum() < 256

@@ -21,11 +21,13 @@ import sample
 import train
 from lab import faults
 from models import ASSETS
-from support import benchmark, cli, export, students
+from support import benchmark, cli, costs, export, students
 from support.cli import UserError
 from support.networks import trained
 from tests.tiny import (
+    COMMON,
     PROMPTS,
+    SD15,
     Trap,
     call,
     draw_with_lcm,
@@ -226,7 +228,7 @@ def check_same_gradients(folder, prompts, flags, more, monkeypatch):
     found, metrics = keep_gradients(monkeypatch), []
     for words in (flags, [*flags, *more]):
         nets, sources, args = prepared(folder, prompts, *words)
-        metrics.append(train.iterate(nets, sources, 0, args))
+        metrics.append(train.iterate(nets, train.draw_batch(nets, sources, 0, args), 0, args))
     for a, b in ((found[0], found[2]), (found[1], found[3])):
         largest = max(gradient.abs().max() for gradient in a.values())
         assert a.keys() == b.keys() and largest > 0
@@ -280,7 +282,7 @@ def test_passes_are_in_bfloat16_and_x0_and_what_is_kept_in_float32(name, folders
     for encoder in nets.model.text_encoders:
         layers = [module for module in encoder.modules() if type(module).__name__ == "CLIPMLP"]
         watch(layers[-1], "text", "layer")
-    train.iterate(nets, sources, 0, args)
+    train.iterate(nets, train.draw_batch(nets, sources, 0, args), 0, args)
     for key, dtypes in seen.items():
         assert dtypes == {torch.float32 if key[1] == "x0" else torch.bfloat16}, key
     assert len(seen) == 10
@@ -454,7 +456,7 @@ def test_a_lora_shares_the_teacher_s_parameters(folders, prompts):
         assert not any(p.requires_grad for p in frozen)
     assert {p.dtype for p in trained(nets.student).values()} == {torch.float32}
     before = {name: tensor.clone() for name, tensor in nets.teacher.state_dict().items()}
-    train.iterate(nets, sources, 0, args)
+    train.iterate(nets, train.draw_batch(nets, sources, 0, args), 0, args)
     for name, tensor in nets.teacher.state_dict().items():
         assert torch.equal(tensor, before[name])
     layers = {name.split(".lora_")[0] for name in trained(nets.student)}
@@ -469,7 +471,7 @@ def test_a_whole_fake_score_beside_a_lora_student_is_not_rounded(folders, prompt
     assert all(p.requires_grad for p in nets.fake_score.parameters())
     unet = open_in_diffusers(folders["sd15"]).unet
     assert same_weights(nets.fake_score.denoiser.network, unet)  # float32
-    train.iterate(nets, sources, 0, args)
+    train.iterate(nets, train.draw_batch(nets, sources, 0, args), 0, args)
 
 
 # ----------------------------------------------------------------------------- students
@@ -543,7 +545,7 @@ def test_the_exported_file_has_the_original_s_names(name, folders, tmp_path):
 @pytest.mark.parametrize("name, count", [("SD1.5 512", 859_520_964), ("SDXL 1024", 2_567_463_684)])
 def test_full_size_networks_have_the_published_size_and_the_original_s_names(name, count):
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**benchmark.FULL_SIZE[name])
+        unet = UNet2DConditionModel(**costs.FULL_SIZE[name])
     assert sum(p.numel() for p in unet.parameters()) == count
     names = export.original_names(unet)
     assert len(set(names.values())) == len(names)
@@ -552,13 +554,48 @@ def test_full_size_networks_have_the_published_size_and_the_original_s_names(nam
     assert back == {name: name for name in unet.state_dict()}
 
 
-def test_the_benchmark_times_iterations_and_computes_memory(folders, prompts, images, capsys):
+def test_the_benchmark_times_iterations(folders, prompts, images, capsys):
     flags = f"--model {folders['sd15']} --prompts {prompts} --real {images} {SMALL}"
     call(benchmark, f"2 {flags} --variant decoupled --gan-weight 0.1 --fake-updates 1")
-    assert "times the bare network calls" in capsys.readouterr().out
-    call(benchmark, "memory")
+    printed = capsys.readouterr().out
+    assert "times the bare network calls" in printed and "waiting for data: " in printed
+    assert "begin with the number of iterations" in refused(benchmark, "--seed 1 2")
+
+
+def test_memory_of_full_size_networks(capsys):
+    call(costs, "memory")
     assert "| SDXL 1024, whole | 81.3 | 40.6 | 20.3 | 10.2 |" in capsys.readouterr().out
-    assert "begin with the number of iterations" in refused(benchmark, "twenty")
+
+
+SETTINGS = [*costs.SETTINGS.values(), "--variant fdistill", "--variant decoupled --gan-weight 1"]
+
+
+@pytest.mark.parametrize("flags", SETTINGS)
+def test_an_iteration_computes_what_it_cannot_avoid_and_no_more(flags, folders, prompts, images):
+    """Its FLOPs are those of the bare passes, in each of K iterations, for each of the student's
+    steps that a batch may end at."""
+    given = f"--model {folders['sd15']} --prompts {prompts} --real {images} {SMALL} {flags}"
+    args = train.parse_arguments(given.split())
+    nets, sources = train.prepare(args)
+    for iteration in range(4):
+        batch = train.draw_batch(nets, sources, iteration, args)
+        counts = []
+        for step in (train.iterate, costs.bare_iteration):
+            with costs.Flops() as flops:
+                step(nets, batch, iteration, args)
+            counts.append(flops.total)
+        assert counts[0] == counts[1] > 0
+
+
+def test_flops_beside_dmd2_s_order_of_passes(monkeypatch, capsys):
+    """Of a small network: less with the GAN, as much without."""
+    config = SD15 | COMMON | {"sample_size": 16, "cross_attention_dim": 768}
+    monkeypatch.setattr(costs, "FULL_SIZE", {"SD1.5 512": config})
+    call(costs, "flops")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    plain, gan, decoupled = rows
+    assert plain[2] == plain[4] == "1.000" and 0.5 < float(gan[2]) < float(gan[4]) < 0.95
+    assert 0.5 < float(gan[6].strip(" |")) < 0.9 and decoupled[2] == ""
 
 
 # ----------------------------------------------------------------------------- after a run

@@ -17,8 +17,9 @@ import models
 import sample
 import train
 from lab import faults, plane
-from support import checkpoint, embedded
+from support import checkpoint, embedded, runlog
 from support.cli import UserError
+from support.networks import Networks
 
 PLANE = ["--batch-size", "8", "--fake-updates", "2", "--warmup", "0", "--save-every", "2"]
 TINY = [
@@ -72,7 +73,8 @@ def test_run_directory(finished):
         *("images", "checkpoints", "student"),
     }
     assert [path.name for path in checkpoint.complete_checkpoints(finished)] == ["000004", "000002"]
-    assert len(list((finished / "images").iterdir())) == 3
+    names = {path.name for path in (finished / "images").iterdir()}
+    assert names == {"teacher.safetensors", "000000.png", "000002.png", "000004.png"}
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [4]  # shorter than ten iterations: one row
     assert {"fake_loss", "dm", "ca", "std", "gap", "cosine"} <= rows[0].keys()
@@ -164,13 +166,38 @@ def test_a_run_without_a_checkpoint_begins_again(plane_run, tmp_path):
 # ----------------------------------------------------------------------------- what goes wrong
 
 
+def test_the_teacher_s_samples_are_drawn_once_and_fewer_where_it_is_slow(
+    emoji, tmp_path, monkeypatch, capsys
+):
+    args = train.parse_arguments(words(*TINY, "--guidance", "2", "--dtype", "float32"))
+    monkeypatch.setattr(emoji, "default_teacher_steps", 2)
+    nets = Networks(emoji, args)
+    prompts = data.training_prompts(None, emoji)
+    whole = runlog.Gallery(tmp_path / "whole", nets, prompts, args)
+    assert whole.x_teacher.shape == (8, *emoji.sample_shape)
+    assert "16/16" in capsys.readouterr().err
+    assert whole.teacher_std == pytest.approx(whole.x_teacher.flatten(1).std(dim=1).mean().item())
+    monkeypatch.setattr(runlog, "PATIENCE", 0)
+    few = runlog.Gallery(tmp_path / "few", nets, prompts, args)
+    assert torch.equal(few.x_teacher, whole.x_teacher[:2]) and len(few.prompts) == 2
+    assert Image.open(few.draw(0)).width < Image.open(whole.draw(0)).width
+
+    monkeypatch.setattr(runlog.Gallery, "draw_teacher", None)  # as in a resumed run
+    for name, gallery in (("whole", whole), ("few", few)):
+        again = runlog.Gallery(tmp_path / name, nets, prompts, args)
+        assert torch.equal(again.x_teacher, gallery.x_teacher)
+    args.guidance = 3.0
+    with pytest.raises(TypeError):  # others are needed
+        runlog.Gallery(tmp_path / "whole", nets, prompts, args)
+
+
 def test_a_signal_saves_and_says_how_to_go_on(plane_run, tmp_path, capsys, monkeypatch):
     iterate = train.iterate
 
-    def interrupted(nets, sources, iteration, args):
+    def interrupted(nets, batch, iteration, args):
         if iteration == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return iterate(nets, sources, iteration, args)
+        return iterate(nets, batch, iteration, args)
 
     monkeypatch.setattr(train, "iterate", interrupted)
     with pytest.raises(SystemExit) as end:

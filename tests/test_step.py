@@ -1,9 +1,11 @@
 """The training step: what moves, by which gradient, and that micro-batches change nothing."""
 
 import copy
+import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import fsdp
@@ -11,6 +13,7 @@ import losses
 import models
 import train
 from lab import plane
+from support.ahead import Ahead
 
 BASE = [f"@{plane.RECIPE}", "--batch-size", "4", "--student-steps", "4", "--guidance", "1.5"]
 
@@ -34,7 +37,7 @@ def gradients(monkeypatch, *flags, iterations=1):
         patch.setattr(fsdp, "clip_gradients", keep)
         nets, sources, args = setup(*flags)
         for iteration in range(iterations):
-            train.iterate(nets, sources, iteration, args)
+            train.iterate(nets, train.draw_batch(nets, sources, iteration, args), iteration, args)
     return found
 
 
@@ -122,7 +125,7 @@ def test_regression_alone_runs_neither_teacher_nor_fake_score(tmp_path, plane_mo
 
     nets.teacher.forward = nets.fake_score.forward = called
     before = weights(nets.student)
-    train.iterate(nets, sources, 0, args)
+    train.iterate(nets, train.draw_batch(nets, sources, 0, args), 0, args)
     assert moved(nets.student, before)
 
 
@@ -188,3 +191,108 @@ def test_what_does_nothing_is_warned_of(capsys):
     train.parse_arguments(["--variant", "fdistill", "--batch-size", "1"])
     printed = capsys.readouterr().out
     assert "without guidance CA is 0" in printed and "it is DMD2" in printed
+
+
+ONE_PASS = ["--model gmm", "--model emoji", "--model emoji-classes --guidance 1"]
+
+
+@pytest.mark.parametrize("flags", ONE_PASS)
+def test_samples_and_real_data_in_one_pass_have_the_gradients_of_two(flags):
+    """The blocks above the middle see the samples only: x0, logits and every gradient are those of
+    two whole passes."""
+    args = train.parse_arguments([*flags.split(), "--batch-size", "2", "--gan-weight", "1"])
+    nets, sources = train.prepare(args, plane.load_model if "gmm" in flags else models.load_model)
+    batch = train.draw_batch(nets, sources, 0, args)
+    t, x_t, x_t_real = batch.t_fake, batch.eps_fake, batch.x_real + batch.eps_real
+    both = (torch.cat([x_t, x_t_real]), torch.cat([t, t]), models.join(batch.cond, batch.cond_real))
+    x0, logits = nets.fake_score(*both, count=2)
+    one = gradients_of(nets.fake_score, x0, logits)
+    x0_alone, logit = nets.fake_score(x_t, t, batch.cond)
+    _, logit_real = nets.fake_score(x_t_real, t, batch.cond_real)
+    two = gradients_of(nets.fake_score, x0_alone, torch.cat([logit, logit_real]))
+    torch.testing.assert_close(x0, x0_alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, torch.cat([logit, logit_real]), rtol=1e-4, atol=1e-4)
+    largest = max(gradient.abs().max() for gradient in two.values())
+    assert len(one) == len(two) and largest > 0
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=5e-6 * largest.item(), rtol=0)
+
+
+def gradients_of(module, x0, logits):
+    (x0.square().mean() + logits.sin().sum()).backward()
+    found = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+    module.zero_grad()
+    return found
+
+
+def test_batches_are_drawn_in_the_background_one_ahead():
+    made, threads = [], set()
+
+    def make(i):
+        made.append(i)
+        threads.add(threading.get_ident())
+        if i == 5:
+            raise ValueError("planted")
+        return i * i
+
+    ahead = Ahead(make, 2, 9, torch.device("cpu"))
+    with pytest.raises(ValueError, match="planted"):
+        for i, item in ahead:
+            assert item == i * i and set(made) <= set(range(2, i + 2))
+    assert made == [2, 3, 4, 5] and threading.get_ident() not in threads
+    assert len(ahead) == 7 and ahead.waited > 0
+
+
+def test_a_pass_without_a_graph_for_x0_has_the_logits_and_their_gradient():
+    """The blocks above the middle keep nothing, which the student's GAN gradient does not need."""
+    nets, sources, args = setup("--gan-weight", "1")
+    batch = train.draw_batch(nets, sources, 0, args)
+    found = []
+    for x0_graph in (True, False):
+        x_t = batch.eps_fake.clone().requires_grad_()
+        x0, logit = nets.fake_score(x_t, batch.t_fake, batch.cond, x0_graph=x0_graph)
+        assert x0.requires_grad == x0_graph and torch.is_grad_enabled()
+        (gradient,) = torch.autograd.grad(logit.sum(), x_t)
+        found.append((x0.detach(), logit.detach(), gradient))
+    for one, two in zip(*found):
+        assert torch.equal(one, two)
+
+
+class Casts(TorchDispatchMode):
+    """How many float32 tensors are cast to bfloat16 within it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        self.count += options.get("dtype") == torch.bfloat16
+        return function(*arguments, **options)
+
+
+@pytest.mark.parametrize("flags", ["--gan-weight 1", "--gan-weight 1 --micro-batch 3"])
+def test_weights_are_cast_once_in_a_step_and_nothing_else_changes(monkeypatch, flags):
+    """Three iterations in bfloat16: the student's first pass has no graph, the fake score's turn
+    and the student's alternate, the optimizers move what is cast."""
+    flags = [*flags.split(), "--dtype", "bfloat16", "--fake-updates", "2"]
+    with Casts() as kept:
+        one = gradients(monkeypatch, *flags, iterations=3)
+    monkeypatch.setattr(train, "iterate", train.iterate.__wrapped__)
+    with Casts() as anew:
+        other = gradients(monkeypatch, *flags, iterations=3)
+    assert kept.count < anew.count
+    for own, theirs in zip(one, other):
+        assert own.keys() == theirs.keys() and any(g.any() for g in own.values())
+        for name in own:
+            assert torch.equal(own[name], theirs[name]), name
+
+
+def test_after_an_optimizer_s_step_weights_are_cast_anew():
+    nets, sources, args = setup("--dtype", "bfloat16")
+    batch = train.draw_batch(nets, sources, 0, args)
+    with models.keep_casts():
+        before = nets.student(batch.eps_dm, batch.t_dm, batch.cond)
+        before.sum().backward()
+        nets.student_optimizer.step()
+        after = nets.student(batch.eps_dm, batch.t_dm, batch.cond)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, nets.student(batch.eps_dm, batch.t_dm, batch.cond))

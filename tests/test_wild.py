@@ -171,6 +171,9 @@ def test_unfinished_and_odd_rows_of_metrics_are_left_out(run):
     call(plane, f"--resume {run} --iterations 6")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [4, 6]
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    assert "metrics.jsonl cannot be written" in refused(plane, f"--resume {run} --iterations 8")
 
 
 # ------------------------------------------------------------------ 2. weights in folders
@@ -696,6 +699,14 @@ def test_a_recipe_s_line_is_a_shell_s(line):
     assert cli.Parser("").convert_arg_line_to_args(line) == LINES[line]
 
 
+def test_recipes_that_cannot_be_read_and_empty_words_are_one_line(tmp_path):
+    (tmp_path / "self.args").write_text(f"@{tmp_path / 'self.args'}")
+    assert "it names itself" in refused(train, f"@{tmp_path / 'self.args'}")
+    (tmp_path / "wide.args").write_bytes("--seed 3".encode("utf-16"))
+    assert "not UTF-8" in refused(train, f"@{tmp_path / 'wide.args'}")
+    assert refused(train, "--seed 3 --out", "") == "--out is empty"  # as of an unset variable
+
+
 # ------------------------------------------------------------------ 8. odd files of models
 
 
@@ -706,6 +717,21 @@ def test_a_tokenizer_without_a_length_takes_the_text_encoder_s(teacher, folders)
     own = models.load_model(teacher).encode(PROMPTS)
     expected = models.load_model(folders["sd15"]).encode(PROMPTS)
     torch.testing.assert_close(own["encoder_hidden_states"], expected["encoder_hidden_states"])
+
+
+NUMBERS = [
+    ("unet", "sample_size", -4),
+    ("unet", "sample_size", "8"),
+    ("vae", "scaling_factor", 0),
+    ("vae", "scaling_factor", float("nan")),
+    ("vae", "scaling_factor", "1"),
+]
+
+
+@pytest.mark.parametrize(("part", "name", "value"), NUMBERS, ids=str)
+def test_sizes_and_scales_of_other_kinds_are_one_line(part, name, value, teacher):
+    edit_json(teacher / part / "config.json", **{name: value})
+    assert f"the {name} of its" in one_line(models.load_model, teacher)
 
 
 INDEXES = [
@@ -739,10 +765,10 @@ def test_pipes_in_place_of_weights_and_prompts_are_not_waited_for(tmp_path):
 def test_signals_save_and_stop(name, tmp_path, monkeypatch):
     number, iterate = getattr(signal, name), train.iterate
 
-    def iterate_and_signal(nets, sources, iteration, args):
+    def iterate_and_signal(nets, batch, iteration, args):
         if iteration == 1:
             os.kill(os.getpid(), number)
-        return iterate(nets, sources, iteration, args)
+        return iterate(nets, batch, iteration, args)
 
     monkeypatch.setattr(train, "iterate", iterate_and_signal)
     with pytest.raises(SystemExit) as end:

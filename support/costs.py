@@ -1,0 +1,319 @@
+"""What full-size networks cost, computed without weights or a GPU.
+
+python -m support.costs memory        # GiB of Stable Diffusion's weights, gradients, optimizers
+python -m support.costs flops        # of an iteration, beside the passes of DMD2's released loop
+"""
+
+from types import SimpleNamespace
+
+from support import cli, flags
+
+if __name__ == "__main__":
+    cli.answer_early(flags.costs_parser, __doc__)
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import models
+import train
+
+# The UNets' configurations, as the hub has them.
+FULL_SIZE = {
+    "SD1.5 512": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+    "SDXL 1024": dict(
+        sample_size=128,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    ),
+}
+# Of each: its pipeline's class, and the shapes of one sample's condition.
+CONDITIONS = {
+    "SD1.5 512": ("StableDiffusionPipeline", {"encoder_hidden_states": (77, 768)}),
+    "SDXL 1024": (
+        "StableDiffusionXLPipeline",
+        {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)},
+    ),
+}
+
+
+# ----------------------------------------------------------------------------- passes
+
+
+def draw_student_inputs(nets, batch, iteration, args):
+    """The student's passes without a graph: its earlier steps, and on the fake score's turn the
+    last one too."""
+    earlier = 0 if batch.noise is None else batch.noise.shape[1] - 1
+    with torch.no_grad():
+        for _ in range(earlier + (not train.is_student_turn(iteration, args))):
+            nets.student(batch.eps_fake, batch.t_fake, batch.cond)
+
+
+def bare_iteration(nets, batch, iteration, args):
+    """The passes through networks that train.iterate cannot avoid, and nothing else."""
+    x, t, cond, has_gan = batch.eps_fake, batch.t_fake, batch.cond, args.gan_weight > 0
+    draw_student_inputs(nets, batch, iteration, args)
+
+    # The student's step.
+    if train.is_student_turn(iteration, args):
+        coupled = args.schedule == "coupled"
+        scale = args.guidance if coupled or args.normaliser == "guided" else 1
+        with torch.no_grad():
+            models.cond_and_uncond_x0(nets.teacher, x, t, cond, nets.uncond, scale)
+            if not coupled:
+                models.cond_and_uncond_x0(nets.teacher, x, t, cond, nets.uncond, args.guidance)
+        x_t = x.clone().requires_grad_()
+        with torch.set_grad_enabled(has_gan):
+            _, logit = nets.fake_score(x_t, t, cond, x0_graph=False)
+        if has_gan:
+            torch.autograd.grad(logit.sum(), x_t)
+        for _ in range(1 + (args.regression_weight > 0)):
+            nets.student(x, t, cond).backward(x)
+        nets.student.zero_grad()
+
+    # The fake score's step.
+    x_t, count = x, len(x)
+    if has_gan:
+        x_t, t, cond = torch.cat([x, x]), torch.cat([t, t]), models.join(cond, cond)
+    x0_fake, logit = nets.fake_score(x_t, t, cond, count=count)
+    loss = x0_fake.sum()
+    if has_gan:
+        loss = loss + logit.sum()
+    loss.backward()
+    nets.fake_score.zero_grad()
+
+
+class Reached(Exception):
+    """The middle of a network, with its output."""
+
+
+def logit_alone(fake_score, x_t, t, cond):
+    """The logit from a pass that ends behind the middle block."""
+
+    def stop(block, inputs, output):
+        raise Reached(output)
+
+    network = fake_score.denoiser.network
+    hook = network.mid_block.register_forward_hook(stop)
+    try:
+        fake_score.denoiser(x_t, t, cond)
+    except Reached as reached:
+        return fake_score.head(reached.args[0])
+    finally:
+        hook.remove()
+
+
+def dmd2_iteration(nets, batch, iteration, args):
+    """The passes of DMD2's released loop (2405.14867). Each logit has a pass of its own."""
+    x, t, cond, has_gan = batch.eps_fake, batch.t_fake, batch.cond, args.gan_weight > 0
+    draw_student_inputs(nets, batch, iteration, args)
+    if train.is_student_turn(iteration, args):
+        sample = nets.student(x, t, cond)
+        with torch.no_grad():
+            nets.fake_score.denoiser(x, t, cond)
+            models.cond_and_uncond_x0(nets.teacher, x, t, cond, nets.uncond, args.guidance)
+        loss = sample.sum()
+        if has_gan:
+            nets.fake_score.requires_grad_(False)
+            loss = loss + logit_alone(nets.fake_score, sample, t, cond).sum()
+            nets.fake_score.requires_grad_(True)
+        loss.backward()
+        nets.student.zero_grad()
+    loss = nets.fake_score.denoiser(x, t, cond).sum()
+    if has_gan:
+        for _ in ("samples", "real"):
+            loss = loss + logit_alone(nets.fake_score, x, t, cond).sum()
+    loss.backward()
+    nets.fake_score.zero_grad()
+
+
+# ----------------------------------------------------------------------------- FLOPs, activations
+
+
+class Flops(TorchDispatchMode):
+    """Within it, `total` counts FLOPs by torch's formulas, a product and a sum as two.
+    torch's own FlopCounterMode cannot count torch.autograd.grad."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        result = function(*arguments, **options)
+        formula = flop_registry.get(function._overloadpacket)
+        if formula:
+            self.total += formula(*arguments, **options, out_val=result)
+        return result
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Within it, what the backward pass keeps besides parameters: `most`, in bytes, at a time."""
+
+    def __init__(self, *modules):
+        super().__init__(self.pack, self.unpack)
+        storages = [p.untyped_storage() for module in modules for p in module.parameters()]
+        self.parameters = {storage._cdata for storage in storages}
+        self.holders, self.now, self.most = {}, 0, 0
+
+    def pack(self, tensor):
+        return Saved(tensor, self)
+
+    def unpack(self, saved):
+        return saved.tensor
+
+
+class Saved:
+    """One saved tensor. Several may share a storage, which counts once."""
+
+    def __init__(self, tensor, total):
+        self.tensor, self.total = tensor, total
+        storage = tensor.untyped_storage()
+        self.key, self.size = storage._cdata, storage.nbytes()
+        if self.key in total.parameters:
+            self.size = 0
+        holders = total.holders.get(self.key, 0)
+        total.holders[self.key] = holders + 1
+        if holders == 0:
+            total.now += self.size
+            total.most = max(total.most, total.now)
+
+    def __del__(self):
+        self.total.holders[self.key] -= 1
+        if self.total.holders[self.key] == 0:
+            self.total.now -= self.size
+
+
+def count_flops(step, nets, batch, iteration, args):
+    """FLOPs, and bytes kept for the backward pass at most."""
+    saved = SavedBytes(nets.teacher, nets.student, nets.fake_score)
+    with Flops() as flops, saved:
+        step(nets, batch, iteration, args)
+    return flops.total, saved.most
+
+
+def networks_without_weights(name, has_gan):
+    """Teacher, student and fake score on the meta device, and a batch of one sample for them."""
+    kind, shapes = CONDITIONS[name]
+    with torch.device("meta"):
+        schedule = models.vp_schedule(torch.linspace(0.999, 0.005, 1000, device="cpu")).to("meta")
+        cond = {key: torch.zeros(1, *shape) for key, shape in shapes.items()}
+        denoisers = []
+        for _ in range(3):
+            unet = UNet2DConditionModel(**FULL_SIZE[name])
+            family = models.FAMILIES[kind]
+            denoisers.append(models.Denoiser(unet, schedule, "epsilon", family))
+        teacher, student, fake = denoisers
+        size = FULL_SIZE[name]["sample_size"]
+        head = models.make_gan_head(fake, cond, (4, size, size), seed=0) if has_gan else None
+        fake_score = models.FakeScore(fake, head)
+        batch = train.Batch(cond, torch.zeros(1, dtype=torch.long))
+        batch.t_fake, batch.eps_fake = batch.t_in, torch.zeros(1, 4, size, size)
+    teacher.requires_grad_(False)
+    nets = SimpleNamespace(teacher=teacher, student=student, fake_score=fake_score, uncond=cond)
+    return nets, batch
+
+
+# What a student is trained by -> flags of train.py.
+SETTINGS = {
+    "DMD2 without GAN": "--gan-weight 0",
+    "DMD2": "--gan-weight 5e-3",
+    "Decoupled DMD": "--variant decoupled",
+}
+
+
+def mean_iteration(step, nets, batch, args):
+    """FLOPs without the student's earlier steps, and the most bytes that any iteration keeps."""
+    turn = count_flops(step, nets, batch, 0, args)
+    other = count_flops(step, nets, batch, 1, args)
+    share = 1 / args.fake_updates
+    return share * turn[0] + (1 - share) * other[0], max(turn[1], other[1])
+
+
+def print_flops():
+    print(
+        "| | TFLOPs a sample: 1 step | of DMD2's order | 4 steps | of DMD2's order | GiB kept | of "
+        "DMD2's order |\n|---|---|---|---|---|---|---|"
+    )
+    for name in FULL_SIZE:
+        for setting, flags_of_it in SETTINGS.items():
+            args = train.parse_arguments(flags_of_it.split())
+            nets, batch = networks_without_weights(name, args.gan_weight > 0)
+            flops, kept = mean_iteration(bare_iteration, nets, batch, args)
+            other = None
+            if args.schedule == "coupled":
+                other = mean_iteration(dmd2_iteration, nets, batch, args)
+            cells = [f"{name}, {setting}"]
+            with Flops() as one_pass, torch.no_grad():
+                nets.student(batch.eps_fake, batch.t_fake, batch.cond)
+            for steps in (1, 4):  # a batch ends at each of them equally often
+                earlier = (steps - 1) / 2 * one_pass.total
+                cells.append(f"{(flops + earlier) / 1e12:.2f}")
+                cells.append(f"{(flops + earlier) / (other[0] + earlier):.3f}" if other else "")
+            cells.append(f"{kept / 2**30:.2f}")
+            cells.append(f"{kept / other[1]:.3f}" if other else "")
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
+# ----------------------------------------------------------------------------- memory
+
+
+def lora_parameters(unet, rank):
+    """How many parameters LoRAs of this rank add to the layers that DMD2 adapts."""
+    count = 0
+    for name, module in unet.named_modules():
+        if name.endswith(models.UNET_LORA_LAYERS) and hasattr(module, "weight"):
+            outputs, *inputs = module.weight.shape
+            count += rank * (outputs + torch.Size(inputs).numel())
+    return count
+
+
+def memory(parameters, student_lora, fake_lora, gpus, average):
+    """GiB of parameters, gradients and optimizer state on each GPU with --shard full and bf16.
+
+    What is trained has a float32 weight, gradient and two moments, 16 bytes; the average has 4;
+    what is frozen 2. The LoRAs of one GPU share the teacher's parameters; under torchrun each
+    network has shards of its own of them. student_lora, fake_lora: their parameters, 0 for none.
+    """
+    frozen = 1
+    if gpus > 1 and student_lora:
+        frozen += 1 + average
+    if gpus > 1 and fake_lora:
+        frozen += 1
+    student, fake_score = student_lora or parameters, fake_lora or parameters
+    total = 2 * parameters * frozen + 16 * (student + fake_score) + 4 * student * average
+    return total / gpus / 2**30
+
+
+def print_memory():
+    print("| | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs |\n|---|---|---|---|---|")
+    for name, config in FULL_SIZE.items():
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**config)
+        count = sum(parameter.numel() for parameter in unet.parameters())
+        lora = lora_parameters(unet, 64)
+        for title, student_lora, fake_lora, average in (
+            ("whole, averaged", 0, 0, True),
+            ("whole", 0, 0, False),
+            ("LoRA student, whole fake score", lora, 0, False),
+            ("LoRA student and fake score", lora, lora, False),
+        ):
+            row = [memory(count, student_lora, fake_lora, n, average) for n in (1, 2, 4, 8)]
+            cells = " | ".join(f"{gib:.1f}" for gib in row)
+            print(f"| {name}, {title} | {cells} |")
+
+
+def main(arguments=None):
+    args = flags.costs_parser(__doc__).parse_args(arguments)
+    print_flops() if args.what == "flops" else print_memory()
+
+
+if __name__ == "__main__":
+    cli.run(main)
