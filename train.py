@@ -193,7 +193,7 @@ def has_scores(args):
 @models.keep_casts()
 def iterate(nets, batch, iteration, args):
     """Draw samples of the student; every K-th time move the student; always move the fake score.
-    Returns metrics, tensors."""
+    Returns metrics as tensors."""
     set_learning_rates(nets, iteration, args)
     parts = batch.split(args.micro_batch)
     student_turn = is_student_turn(iteration, args)

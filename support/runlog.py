@@ -193,14 +193,13 @@ class Gallery:
 
     def teacher_samples(self, noise, prompts):
         """What the run keeps of the teacher's samples, for itself and for resumes; else drawn."""
-        path = self.folder / "teacher.safetensors"
+        path = self.folder.parent / "teacher_samples.safetensors"
         about = {"label": self.teacher.label, "seed": self.args.seed, "prompts": prompts}
         about = {"about": json.dumps(about)}
         x = fsdp.broadcast_from_main(read_samples, path, about)
         if x is None:
             x = self.draw_teacher(noise, prompts)
             if fsdp.is_main():
-                self.folder.mkdir(parents=True, exist_ok=True)
                 content = safetensors.torch.save({"x0": x.cpu().contiguous()}, about)
                 checkpoint.replace_file(path, functools.partial(Path.write_bytes, data=content))
         return x.to(noise.device)
