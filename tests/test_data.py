@@ -204,6 +204,7 @@ def test_latents_and_pairs_are_shared_out_under_torchrun(folders, prompts, image
     assert status == 0, printed
     assert data.real_data(sd15, tmp_path / "latents").count == 6
     pairs = f"pairs --model {folders['sd15']} --prompts {prompts} --count 300 --steps 2"
+    pairs += " --dtype float32"
     status, printed = faults.torchrun("data.py", *pairs.split(), "--out", tmp_path / "shared")
     assert status == 0, printed
     call(data, f"{pairs} --out {tmp_path}/alone")

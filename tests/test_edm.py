@@ -534,6 +534,7 @@ def test_two_processes_have_the_gradients_of_one(classes, tmp_path):
     of which are next to nothing here. At the cleanest levels the loss divides by sigma = 0.002 what
     float32 knows to 1e-7."""
     flags = [*SMALL, "--guidance", 1, "--student-steps", 1, "--real", classes, "--iterations", 1]
+    flags += ["--dtype", "float32"]
     assert run("train", *flags, "--out", tmp_path / "one") == 0
     status, printed = faults.torchrun(ROOT / "train.py", *flags, "--out", tmp_path / "two")
     assert status == 0, printed
