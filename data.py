@@ -3,6 +3,7 @@
     python data.py pairs --out pairs --count 4096        # then train.py --variant dmd --pairs pairs
     python data.py latents --images FOLDER --out latents --model DIR  # then train.py --real latents
     python data.py pixels --images imagenet/train --out imagenet64        # for EDM's networks
+    python data.py prompts --prompts captions.txt --out encoded --model DIR  # --prompts encoded
 
 A pair is noise and what the teacher's deterministic sampler makes of it. A folder of images has
 captions in metadata.jsonl (lines with file_name and text) or in a .txt beside each image. Both
@@ -128,6 +129,8 @@ def warn_of_cut(model, prompts, most=100_000):
 
 def training_prompts(path, model):
     """The prompts of a file; without one the model's own, else the embedded set's captions."""
+    if model.conditions:
+        return Prompts(model.conditions.texts)
     if path:
         prompts = read_prompts(path)
         warn_of_cut(model, prompts)
@@ -365,6 +368,32 @@ def make_pairs(out, config, model, batch_size=64):
     shards.make_shards(out, config, ("noise", "x0"), make)
 
 
+def make_prompts(out, config, model, batch_size=16):
+    """Encode prompts, and the empty one. config: model and prompts, as the command takes them."""
+    texts = ["", *dict.fromkeys(prompt for prompt in read_prompts(config["prompts"]) if prompt)]
+    warn_of_cut(model, texts)
+
+    def make(i, size, bar):
+        own = texts[i * SHARD : i * SHARD + size]
+        parts = []
+        for start in range(0, size, batch_size):
+            cond = model.encode(own[start : start + batch_size])
+            parts.append({name: stored(value) for name, value in cond.items()})
+            bar.update(len(own[start : start + batch_size]))
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return tensors, own, {}
+
+    made_by = "-".join(fingerprint(encoder) for encoder in model.text_encoders)
+    config = config | {"what": "prompts", "count": len(texts), "made_by": made_by}
+    shards.make_shards(out, config, sorted(model.uncond), make)
+
+
+def stored(value):
+    """Text states in bfloat16, as text encoders of flow models compute them; the rest as it is."""
+    value = value.cpu()
+    return value.bfloat16() if value.is_floating_point() and value.dim() > 1 else value
+
+
 def make_latents(out, config, model, bad_share=images.BAD_SHARE):
     """config: model and images, as the command takes them."""
     reader = images.ImageReader(config["images"], model.image_size, bad_share)
@@ -406,7 +435,9 @@ def write_images(out, config, reader, encode):
 def main(arguments=None):
     parser = flags.data_parser(__doc__)
     args = parser.parse_args(arguments)
-    if args.what != "pairs" and not args.images:
+    if args.what == "prompts" and not args.prompts:
+        parser.error("prompts need --prompts FILE, which holds them")
+    if args.what in ("latents", "pixels") and not args.images:
         parser.error(f"{args.what} need --images DIR, a folder of images")
     device, dtype = fsdp.device_and_dtype(args)
     bad = {}
@@ -415,8 +446,11 @@ def main(arguments=None):
             config = {"images": args.images, "size": args.size}
             bad = make_pixels(args.out, config, args.bad_share)
         else:
-            vae = "none" if args.what == "pairs" else None
-            model = models.load_model(model_path(args.model), device, dtype, vae)
+            vae = None if args.what == "latents" else "none"
+            size = args.image_size
+            model = models.load_model(model_path(args.model), device, dtype, vae, image_size=size)
+        if args.what == "prompts":
+            make_prompts(args.out, {"model": args.model, "prompts": args.prompts}, model)
         if args.what == "latents":
             config = {"model": args.model, "images": args.images}
             bad = make_latents(args.out, config, model, args.bad_share)
@@ -430,7 +464,7 @@ def main(arguments=None):
         ) from None
     for file, why in bad.items():
         print(f"left out: {file}: {why}")
-    use = "--variant dmd --pairs" if args.what == "pairs" else "--real"
+    use = {"pairs": "--variant dmd --pairs", "prompts": "--prompts"}.get(args.what, "--real")
     fsdp.print_main(f"{args.what}: use them with: python train.py {use} {args.out}")
 
 

@@ -30,7 +30,10 @@ from support.cli import UserError
 
 # The units that are sharded: diffusers' UNets are made of these two. At any time a rank holds the
 # whole parameters of one block, of the next one on its way, and of the few layers between blocks.
-BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "JointTransformerBlock")
+BLOCKS += ("SanaTransformerBlock", "ZImageTransformerBlock", "Lumina2TransformerBlock")
+BLOCKS += ("FluxTransformerBlock", "FluxSingleTransformerBlock", "QwenImageTransformerBlock")
+BLOCKS += ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
 TIMEOUT = 600  # seconds that a rank waits for another
 
 

@@ -14,7 +14,6 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ import torch.utils.checkpoint
 import fsdp
 from support import edm, pipelines
 from support.cli import UserError
+from support.families import FAMILIES
 from support.weights import fingerprint
 
 ASSETS = (Path(__file__).parent / "assets").resolve()
@@ -92,14 +92,31 @@ def flow_schedule(T=1000, shift=1.0):
     return Schedule((1 - s).float(), s.float(), (T * s).float())
 
 
-def read_scheduler(scheduler, name):
-    """Tables and prediction type of a diffusers scheduler -> Schedule, str."""
+def flow_shift(config, tokens):
+    """The shift of a flow scheduler; a dynamic one grows with the number of image tokens."""
+    if not config.get("use_dynamic_shifting"):
+        return config.get("shift") or config.get("flow_shift") or 1.0
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = base + (tokens - low) * (most - base) / (high - low)
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def shift_timesteps(t, T, shift):
+    """u -> shift u / (1 + (shift - 1) u) of levels u = (t + 1) / T, t (B,), to whole levels."""
+    u = (t + 1) / T
+    return (T * shift * u / (1 + (shift - 1) * u)).round().long() - 1
+
+
+def read_scheduler(scheduler, name, tokens=None):
+    """Tables and prediction type of a diffusers scheduler -> Schedule, str. tokens: an image's,
+    which flow models may shift by."""
     config = scheduler.config
+    kind = type(scheduler).__name__
+    if kind == "FlowMatchEulerDiscreteScheduler" or config.get("use_flow_sigmas"):
+        return flow_schedule(config.num_train_timesteps, flow_shift(config, tokens)), "flow"
     if not hasattr(scheduler, "alphas_cumprod"):
-        if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
-            kind = type(scheduler).__name__
-            raise UserError(f"{name}: no noise schedule is known for the scheduler {kind}")
-        return flow_schedule(config.num_train_timesteps, config.shift), "flow"
+        raise UserError(f"{name}: no noise schedule is known for the scheduler {kind}")
     levels = torch.as_tensor(scheduler.alphas_cumprod)
     if levels.dim() != 1 or len(levels) == 0 or not ((levels >= 0) & (levels <= 1)).all():
         raise UserError(f"{name}: its scheduler's noise levels are not between 0 and 1")
@@ -162,7 +179,8 @@ class Denoiser(torch.nn.Module):
         scaled = x_t * edm_input_scale(sigma) if self.prediction == "edm" else x_t
         with compute_in(self.dtype, x_t):
             output = self.family.call(self.network, scaled, schedule.network_time[t], cond)
-        x_t, alpha, sigma = x_t[:count], alpha[:count], sigma[:count]
+        x_t, output = x_t[:count], output[:count]
+        alpha, sigma = alpha[:count], sigma[:count]
         return x0_from_output(self.prediction, output.float(), x_t, alpha, sigma)
 
     def x0_and_features(self, x_t, t, cond, count=None, x0_graph=True):
@@ -187,15 +205,15 @@ class Denoiser(torch.nn.Module):
         def keep_first(block, inputs, options):
             return first_samples(inputs, total, count), first_samples(options, total, count)
 
-        middle = self.network.mid_block
-        if self.family.features == "input":
+        middle, above = self.family.middle(self.network)
+        if self.family.reads == "input":
             hooks = [middle.register_forward_pre_hook(keep_input)]
         else:
             hooks = [middle.register_forward_hook(keep_output)]
-        if not x0_graph:
-            hooks.append(self.network.up_blocks[0].register_forward_pre_hook(stop_graph))
-        if count < total:
-            for block in self.network.up_blocks:
+        if not x0_graph and above:
+            hooks.append(above[0].register_forward_pre_hook(stop_graph))
+        if count < total and self.family.can_cut:
+            for block in above:
                 hooks.append(block.register_forward_pre_hook(keep_first, with_kwargs=True))
         try:
             x0 = self(x_t, t, cond, count=count)
@@ -203,7 +221,7 @@ class Denoiser(torch.nn.Module):
             torch.set_grad_enabled(grad_before)
             for hook in hooks:
                 hook.remove()
-        return x0, seen[0]
+        return x0, self.family.features(seen[0], x_t, cond)
 
 
 def first_samples(value, total, count):
@@ -251,11 +269,10 @@ def keep_casts():
         torch.clear_autocast_cache()
 
 
-def checkpoint_activations(denoiser):
+def checkpoint_activations(denoiser, sample_shape):
     """Recompute activations in the backward pass, with the kernels of the forward pass."""
 
-    size = denoiser.network.config.sample_size
-    like = torch.empty(1, size, size, device=denoiser.schedule.alpha.device)
+    like = torch.empty(sample_shape, device=denoiser.schedule.alpha.device)
 
     def contexts():
         return contextlib.nullcontext(), compute_in(denoiser.dtype, like)
@@ -422,83 +439,6 @@ def last_input(student, noise, cond, timesteps):
     return x_t
 
 
-# ----------------------------------------------------------------------------- model families
-
-# The layers that DMD2's LoRA students adapt.
-UNET_LORA_LAYERS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
-    "time_emb_proj",
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    """How models of one class are used. A new family is a row of FAMILIES and two functions.
-
-    call(network, x, time, cond) -> the network's output (B, C, H, W).
-    encode(model, prompts) -> cond. network: the pipeline's name for the network.
-    features: the GAN head reads the output or the input of the network's mid block.
-    """
-
-    call: Callable
-    encode: Callable
-    network: str = "unet"
-    features: str = "output"
-    lora_layers: tuple = UNET_LORA_LAYERS
-
-
-def call_unet(network, x, time, cond):
-    return network(sample=x, timestep=time, return_dict=False, **cond)[0]
-
-
-def encode_sd(model, prompts):
-    """The last hidden states of all tokens, padding included. (B, tokens, width)"""
-    text, _ = model.pipe.encode_prompt(prompts, model.encoder_device, 1, False)
-    return {"encoder_hidden_states": text}
-
-
-def call_sdxl_unet(network, x, time, cond):
-    text = cond["encoder_hidden_states"]
-    added = {"text_embeds": cond["text_embeds"], "time_ids": cond["time_ids"]}
-    return network(
-        sample=x,
-        timestep=time,
-        encoder_hidden_states=text,
-        added_cond_kwargs=added,
-        return_dict=False,
-    )[0]
-
-
-def encode_sdxl(model, prompts):
-    """Both encoders' hidden states (B, tokens, widths), the second's pooled text (B, width), and
-    (B, 6): original height and width, crop from top and left, target height and width. The empty
-    prompt is all zeros where the pipeline's configuration says so."""
-    text, _, pooled, _ = model.pipe.encode_prompt(
-        prompts, device=model.encoder_device, do_classifier_free_guidance=False
-    )
-    if model.pipe.config.force_zeros_for_empty_prompt:
-        empty = torch.tensor([prompt == "" for prompt in prompts], device=text.device)
-        text = text.masked_fill(empty[:, None, None], 0)
-        pooled = pooled.masked_fill(empty[:, None], 0)
-    size = model.image_size
-    time_ids = torch.tensor([[size, size, 0, 0, size, size]] * len(prompts), dtype=torch.float32)
-    return {"encoder_hidden_states": text, "text_embeds": pooled, "time_ids": time_ids}
-
-
-def encode_labels(model, prompts):
-    """Classes by number or name; "" is none, the last row of the network's table."""
-    return {"class_labels": torch.tensor([model.label(prompt) for prompt in prompts])}
-
-
-# The class of a diffusers pipeline (for EDM's networks, of the network) -> how it is used.
-FAMILIES = {
-    "StableDiffusionPipeline": Family(call_unet, encode_sd),
-    "StableDiffusionXLPipeline": Family(call_sdxl_unet, encode_sdxl),
-    "UNet2DModel": Family(call_unet, encode_labels, features="input"),
-}
-
-
 # ----------------------------------------------------------------------------- models
 
 
@@ -513,7 +453,8 @@ class Model:
     labels = None  # the number of classes, of class-conditional models
     prompts = None  # all there are, where that is a list
     sample_prompts = None  # what to draw when nothing is said
-    default_guidance, default_teacher_steps = 3.0, 50
+    conditions = None  # prompts that were encoded beforehand
+    default_teacher_steps = 50
 
     def __init__(
         self,
@@ -526,22 +467,22 @@ class Model:
         network_device=None,
         encoder_device=None,
         own_vae=True,
+        image_size=None,
+        conditions=None,
     ):
         self.name, self.family, self.pipe = name, family, pipe
+        self.default_guidance = family.guidance
+        self.conditions = conditions
         self.device, self.dtype = torch.device(device), dtype
         self.encoder_device = torch.device(encoder_device or device)
         network = getattr(pipe, family.network)
         network.to(network_device or device, weights_dtype)
+        self.sample_shape, self.image_size = self.sizes(image_size)
         schedule, self.prediction = self.read_schedule()
         self.schedule = schedule.to(device)
         self.denoiser = self.make_denoiser(network).requires_grad_(False).eval()
         self.origin = self.denoiser
         self.frozen_dtype = dtype  # of a teacher that is not trained on
-        config = network.config
-        if type(config.sample_size) is not int or config.sample_size < 1:
-            raise UserError(f"{name}: the sample_size of its network is {config.sample_size!r}")
-        self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
-        self.image_size = config.sample_size * getattr(pipe, "vae_scale_factor", 1)
         self.text_encoders = [
             part.requires_grad_(False).eval().to(self.encoder_device, dtype)
             for part_name, part in vars(pipe).items()
@@ -550,15 +491,38 @@ class Model:
         self.vae = pipe.vae
         self.encoder_print = None  # tells latents of one VAE from those of another
         if self.vae is not None:
-            scale = self.vae.config.scaling_factor
+            scale = self.vae.config.get("scaling_factor", 1.0)
             if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
                 raise UserError(f"{name}: the scaling_factor of its VAE is {scale!r}")
             self.vae.requires_grad_(False).eval().to(self.encoder_device, torch.float32)
             self.encoder_print = fingerprint(self.vae) if own_vae else None
         self.decodes = self.vae is not None
 
+    def sizes(self, image_size):
+        """Shape of a latent (C, H, W), and the width of an image: the network's own if None."""
+        channels, _, size = self.family.shape(self.pipe)
+        if type(size) is not int or size < 1:
+            raise UserError(f"{self.name}: the sample_size of its network is {size!r}")
+        factor = self.family.patch * getattr(self.pipe, "vae_scale_factor", 1)
+        if image_size is not None:
+            step = factor * self.family.multiple
+            if image_size % step:
+                raise UserError(f"--image-size {image_size} is no multiple of {step}")
+            size = image_size // factor
+        return (channels, size, size), size * factor
+
+    @property
+    def shift(self):
+        """Of a flow model's noise levels."""
+        return flow_shift(self.pipe.scheduler.config, self.tokens)
+
+    @property
+    def tokens(self):
+        """Of an image, as a flow model's schedule counts them."""
+        return (self.sample_shape[1] // self.family.multiple) ** 2
+
     def read_schedule(self):
-        return read_scheduler(self.pipe.scheduler, self.name)
+        return read_scheduler(self.pipe.scheduler, self.name, self.tokens)
 
     def make_denoiser(self, network):
         return Denoiser(network, self.schedule, self.prediction, self.family, self.dtype)
@@ -570,7 +534,8 @@ class Model:
     @torch.no_grad()
     def encode(self, prompts):
         """list of str -> cond, float32 on the model's device."""
-        cond = self.family.encode(self, list(prompts))
+        encode = self.conditions or functools.partial(self.family.encode, self)
+        cond = encode(list(prompts))
         return {
             name: value.to(self.device, torch.float32 if value.is_floating_point() else None)
             for name, value in cond.items()
@@ -597,9 +562,7 @@ class Model:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in about [-1, 1], with a graph."""
         if self.vae is None:
             raise UserError("--vae none leaves out the decoder, without which there are no images")
-        config = self.vae.config
-        x = x / config.scaling_factor + (config.get("shift_factor") or 0)
-        return self.vae.decode(x.to(self.encoder_device)).sample
+        return self.family.decode(self.vae, x.to(self.encoder_device))
 
     @torch.no_grad()
     def decode(self, x, batch_size=64):
@@ -615,18 +578,14 @@ class Model:
     def encode_images(self, images):
         """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), the mode of the VAE's
         posterior."""
-        config = self.vae.config
-        encoded = self.vae.encode(images.to(self.encoder_device))
-        x = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        x = (x - (config.get("shift_factor") or 0)) * config.scaling_factor
-        return x.to(self.device)
+        return self.family.encode_images(self.vae, images.to(self.encoder_device)).to(self.device)
 
 
 class ClassModel(Model):
     """EDM's class-conditional network (2206.00364). A prompt is a class, by number or name; images
     are their own latents."""
 
-    default_guidance, default_teacher_steps = 1.0, 18  # as in EDM's generate.py
+    default_teacher_steps = 18  # as in EDM's generate.py
 
     def __init__(self, name, network, names, **options):
         network = edm.with_row_for_no_label(network)
@@ -679,7 +638,8 @@ def load_model(path, device="cpu", dtype=torch.float32, vae=None, config=None, *
         network = edm.load_network(path)
         names = edm.label_names(path, network.config.num_class_embeds, ASSETS)
         return ClassModel(str(path), network, names, device=device, dtype=dtype, **options)
-    kind, pipe = pipelines.open_pipeline(path, FAMILIES, vae, config)
+    with_text = options.get("conditions") is None
+    kind, pipe = pipelines.open_pipeline(path, FAMILIES, vae, config, with_text)
     options["own_vae"] = vae is None
     with pipelines.loading(f"the model {path}"):
         model = Model(str(path), FAMILIES[kind], pipe, device, dtype, **options)

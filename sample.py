@@ -242,6 +242,7 @@ def load_teacher(args, config):
         config=args.config,
         weights_dtype=dtype,
         encoder_device=args.encoder_device,
+        image_size=args.image_size or config.get("image_size"),
     )
     args.teacher_steps = teacher_steps(model, args.teacher_steps)
     check_steps(model, args.teacher_steps)

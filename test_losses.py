@@ -15,7 +15,7 @@ from diffusers import (
 import losses
 import models
 from lab import plane
-from models import Family
+from support.families import Family
 
 torch.set_num_threads(1)
 

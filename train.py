@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from support import cli, flags
 
@@ -37,6 +38,7 @@ import sample
 from models import take
 from support import checkpoint, runlog, runs, students
 from support.ahead import Ahead
+from support.conditions import Conditions
 from support.networks import Networks
 
 # Each paper's method is a preset of the switches; a flag on the command line overrides it.
@@ -119,9 +121,10 @@ class Batch:
         return parts
 
 
-def draw_levels(schedule, noise_levels, t_in, T, draws):
+def draw_levels(schedule, noise_levels, t_in, T, draws, renoise_shift=1.0):
     """Timesteps of distribution matching and CFG augmentation, tau_DM and tau_CA (B,), for a
-    student whose input was at t_in (B,). 2511.22677"""
+    student whose input was at t_in (B,). 2511.22677. renoise_shift moves tau_DM towards noise, as
+    a flow model's shift does."""
     low, high = noise_levels
     low, high = int(low * T), min(int(high * T) + 1, T)
     t_in = t_in.cpu()
@@ -130,7 +133,7 @@ def draw_levels(schedule, noise_levels, t_in, T, draws):
         "cleaner": ((t_in // 2).clamp(max=low), t_in.clamp(min=1, max=high)),
     }
     kind_dm, kind_ca = SCHEDULES[schedule]
-    t_dm = draws.integers(*ranges[kind_dm])
+    t_dm = models.shift_timesteps(draws.integers(*ranges[kind_dm]), T, renoise_shift)
     t_ca = t_dm if kind_ca == "same" else draws.integers(*ranges[kind_ca])
     return t_dm, t_ca
 
@@ -160,7 +163,9 @@ def draw_batch(nets, sources, iteration, args):
 
     # For the student's step.
     if is_student_turn(iteration, args):
-        levels = draw_levels(args.schedule, args.noise_levels, batch.t_in, T, draws)
+        levels = draw_levels(
+            args.schedule, args.noise_levels, batch.t_in, T, draws, args.renoise_shift
+        )
         batch.t_dm, batch.t_ca = levels
         batch.eps_dm = draws.normal(*shape)
         batch.eps_ca = batch.eps_dm if args.schedule == "coupled" else draws.normal(*shape)
@@ -255,6 +260,8 @@ def student_step(nets, parts, args):
     nets.student_optimizer.step()
     nets.student_optimizer.zero_grad()
     nets.move_average(args.ema)
+    if args.ida < 1:
+        nets.pull_fake_score(args.ida)
     return metrics
 
 
@@ -480,6 +487,9 @@ def prepare(args, load_model=models.load_model, mesh=None):
     """The networks, and what they are trained on."""
     device, dtype = fsdp.device_and_dtype(args)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    conditions = None
+    if args.prompts and Path(args.prompts).is_dir():
+        conditions = Conditions(args.prompts)
     model = load_model(
         data.model_path(args.model),
         device,
@@ -488,12 +498,18 @@ def prepare(args, load_model=models.load_model, mesh=None):
         config=args.config,
         encoder_device=args.encoder_device,
         network_device="cpu" if mesh else None,
+        image_size=args.image_size,
+        conditions=conditions,
     )
     sample.check_steps(model, args.student_steps, args.first_timestep)
     if model.prediction == "edm" and args.guidance != 1:
         fsdp.print_main(
             f"warning: --guidance {args.guidance:g}: EDM's networks learnt every image with its "
             "label, and their output without one guides nowhere; --guidance 1 is none"
+        )
+    if getattr(model.pipe, "config", {}).get("is_distilled") and args.guidance != 1:
+        fsdp.print_main(
+            f"warning: {model.name} is distilled itself: guidance, and so CA, have no effect there"
         )
     fsdp.local_slice(args.batch_size)
     runlog.import_tracker(args.track)

@@ -42,8 +42,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import data
 import losses
 import models
-from models import FAMILIES
 from support import checkpoint, cli, edm, embedded
+from support.families import FAMILIES
 
 LEARNING_RATE = 1e-3
 LATENT_NOISE = 0.1  # deviation of the noise on the latents while the autoencoder trains

@@ -31,9 +31,9 @@ import losses
 import models
 import sample
 import train
-from models import Family, call_unet
 from support import pictures
 from support.cli import UserError
+from support.families import Family, call_unet
 
 NAMES = ("gmm", "gmm-imperfect")
 LABELS = 4

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 import models
 import train
+from support.families import UNET_LORA_LAYERS
 
 # The UNets' configurations, as the hub has them.
 FULL_SIZE = {
@@ -269,7 +270,7 @@ def lora_parameters(unet, rank):
     """How many parameters LoRAs of this rank add to the layers that DMD2 adapts."""
     count = 0
     for name, module in unet.named_modules():
-        if name.endswith(models.UNET_LORA_LAYERS) and hasattr(module, "weight"):
+        if name.endswith(UNET_LORA_LAYERS) and hasattr(module, "weight"):
             outputs, *inputs = module.weight.shape
             count += rank * (outputs + torch.Size(inputs).numel())
     return count

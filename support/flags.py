@@ -62,20 +62,31 @@ def train_parser(doc):
     return parser
 
 
+def add_image_size(add):
+    add(
+        "--image-size",
+        type=cli.positive,
+        metavar="PIXELS",
+        help="width and height of images, where a network takes any (default: the model's own)",
+    )
+
+
 def add_method_flags(group):
     add = group.add_argument
     add(
         "--model",
         metavar="PATH",
         help="the teacher: Stable Diffusion 1.5, 2 or XL as a diffusers directory, hub id or "
-        ".safetensors file; EDM's .pkl or UNet2DModel directory; emoji-classes, the embedded one "
-        "of that kind (default: emoji, the embedded text-to-image teacher)",
+        ".safetensors file; a flow model (SD3, SANA, Z-Image, Lumina 2, FLUX, FLUX.2 klein, "
+        "Qwen-Image) as one of the former two; EDM's .pkl or UNet2DModel directory; emoji-classes, "
+        "the embedded one of that kind (default: emoji, the embedded text-to-image teacher)",
     )
+    add_image_size(add)
     add(
         "--prompts",
         metavar="FILE",
-        help="training prompts: .txt, .csv, .json, .jsonl, .parquet or .pkl (default: the embedded "
-        "set's)",
+        help="training prompts: .txt, .csv, .json, .jsonl, .parquet or .pkl, or the folder that "
+        "`data.py prompts` wrote (default: the embedded set's)",
     )
     add(
         "--real",
@@ -127,6 +138,13 @@ def add_method_flags(group):
         help="the range of these levels, in shares of all timesteps",
     )
     add(
+        "--renoise-shift",
+        type=cli.positive_number,
+        default=1.0,
+        metavar="K",
+        help="shift of DM's levels towards noise, on top of a flow model's own; 1 is none",
+    )
+    add(
         "--normaliser",
         choices=("guided", "conditional", "none"),
         default="guided",
@@ -138,6 +156,14 @@ def add_method_flags(group):
         metavar="NAME",
         default="reverse-kl",
         help="reverse-kl, or with the GAN softened-reverse-kl, js, hellinger, forward-kl, jeffreys",
+    )
+    add(
+        "--ida",
+        type=cli.share,
+        default=1.0,
+        metavar="D",
+        help="after a student step the fake score becomes D of itself and 1 - D of the student; 1 "
+        "is all of itself",
     )
     add("--gan-weight", type=cli.weight, default=0.0, help="of the student's GAN loss")
     add(
@@ -287,6 +313,7 @@ def add_student_flags(parser):
         f".pt) or LoRA file (default {DEFAULT_RUN})",
     )
     add("--model", metavar="PATH", help="the teacher (default: the one that the run names)")
+    add_image_size(add)
     add(
         "--steps",
         type=cli.positive,
@@ -389,12 +416,13 @@ def eval_parser(doc):
 def data_parser(doc):
     parser = cli.Parser(doc)
     add = parser.add_argument
-    add("what", choices=("pairs", "latents", "pixels"))
+    add("what", choices=("prompts", "pairs", "latents", "pixels"))
     add("--out", required=True, metavar="DIR", help="folder for them")
     add("--model", metavar="PATH", help="the teacher, as for train.py (default: the embedded one)")
+    add_image_size(add)
     add_device_flags(parser, "float32", "bfloat16", default=None)
+    add("--prompts", metavar="FILE", help="of prompts and pairs, as for train.py")
     pairs = parser.add_argument_group("pairs")
-    pairs.add_argument("--prompts", metavar="FILE", help="as for train.py")
     pairs.add_argument("--count", type=cli.positive, default=4096)
     pairs.add_argument("--steps", type=cli.positive, default=50, help="of the teacher's sampler")
     pairs.add_argument("--guidance", type=cli.positive_number, default=3.0)

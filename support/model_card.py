@@ -12,14 +12,24 @@ def model_card(model, timesteps, config):
             f"A student of {teacher} for {steps}, timesteps {timesteps} of its "
             f"{len(model.schedule)} noise levels: `python sample.py --student RUN`.\n"
         )
+    scheduler, change, levels, wants = "LCMScheduler", "", f"timesteps={timesteps}", WANTS_VP
+    if model.prediction == "flow":
+        scheduler, wants = "FlowMatchLCMScheduler", WANTS_FLOW
+        if not model.pipe.scheduler.config.get("use_dynamic_shifting"):
+            change = f", shift={model.shift:g}"
+        levels = f"sigmas={sigmas_of(model, timesteps)}"
+    network, part = model.network_class.__name__, model.family.network
     if config["lora"]:
-        imports = f"LCMScheduler, {pipeline}"
+        imports = f"{scheduler}, {pipeline}"
         load = f"""pipe = {pipeline}.from_pretrained("{teacher}")
     pipe.load_lora_weights("path/to/this/folder")"""
     else:
-        imports = f"LCMScheduler, {model.network_class.__name__}, {pipeline}"
-        load = f"""student = {model.network_class.__name__}.from_pretrained("path/to/this/folder")
-    pipe = {pipeline}.from_pretrained("{teacher}", unet=student)"""
+        imports = f"{scheduler}, {network}, {pipeline}"
+        load = f"""student = {network}.from_pretrained("path/to/this/folder")
+    pipe = {pipeline}.from_pretrained("{teacher}", {part}=student)"""
+    size = f", height={model.image_size}, width={model.image_size}"
+    size *= part == "transformer" or config["image_size"] is not None
+    call = f"{levels}, {model.family.unguided}{size}"
     shown = [name for name in config if name not in NOT_SHOWN and config[name] not in (None, False)]
     flags = "\n".join(f"| {name} | {config[name]} |" for name in shown)
     return f"""---
@@ -31,16 +41,27 @@ tags: [distribution-matching-distillation, {"lora, " * bool(config["lora"])}few-
 A student that draws in {steps} what `{teacher}` draws in 50, made by distribution matching
 distillation (`--variant {config["variant"]}`).
 
-It wants timesteps {timesteps}, no guidance (`guidance_scale=0` in diffusers), and a scheduler that
-predicts x0 and adds new noise. LCMScheduler may warn that these are not its own timesteps; they are
-those that the student was trained for:
+It wants timesteps {timesteps}, no guidance (`{model.family.unguided}` in diffusers), and a
+scheduler that predicts x0 and adds new noise. {wants}
 
     from diffusers import {imports}
     {load}
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    pipe("a prompt", timesteps={timesteps}, guidance_scale=0).images[0].save("image.png")
+    pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{change})
+    pipe(prompt="a prompt", {call}).images[0].save("image.png")
 
 | flag | value |
 |---|---|
 {flags}
 """
+
+
+WANTS_VP = """LCMScheduler may warn that these are not its own timesteps; they are
+those that the student was trained for:"""
+WANTS_FLOW = """Its levels are given as sigmas, before the
+shift: from a number of steps diffusers' schedulers would make others.
+"""
+
+
+def sigmas_of(model, timesteps):
+    """Of timesteps, before the shift."""
+    return [round((t + 1) / len(model.schedule), 6) for t in timesteps]

@@ -50,8 +50,8 @@ class Networks:
         self.fake_score = fsdp.shard(self.fake_score, *place)
         self.teacher = fsdp.shard(model.denoiser.to(model.frozen_dtype), *place)
         if args.activation_checkpointing:
-            models.checkpoint_activations(self.student)
-            models.checkpoint_activations(self.fake_score.denoiser)
+            models.checkpoint_activations(self.student, model.sample_shape)
+            models.checkpoint_activations(self.fake_score.denoiser, model.sample_shape)
 
         self.student_optimizer = make_optimizer(self.student, args.learning_rate)
         self.fake_optimizer = make_optimizer(self.fake_score, args.fake_learning_rate)
@@ -84,6 +84,16 @@ class Networks:
             average = dict(self.averaged_student.named_parameters())
             kept = [average[name] for name in latest]
             torch._foreach_lerp_(kept, list(latest.values()), 1 - decay)
+
+    @torch.no_grad()
+    def pull_fake_score(self, keep):
+        """IDA, fake <- keep fake + (1 - keep) student: what the fake score has to follow has just
+        moved that way.                                                             2506.00523"""
+        latest = trained(self.student)
+        fake = dict(self.fake_score.denoiser.named_parameters())
+        pulled = [fake[name] for name in latest]
+        torch._foreach_lerp_(pulled, list(latest.values()), 1 - keep)
+        forget_casts()
 
 
 def trained(module):

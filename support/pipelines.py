@@ -37,9 +37,9 @@ def quiet_libraries():
         library.utils.logging.disable_progress_bar()
 
 
-def open_pipeline(path, known, vae=None, config=None):
+def open_pipeline(path, known, vae=None, config=None, with_text=True):
     """(name of its class, pipeline). known: the classes that are supported. vae, config: see
-    models.load_model. Raises UserError in one line."""
+    models.load_model. with_text: whether text encoders are loaded. Raises UserError in one line."""
     import diffusers
 
     quiet_libraries()
@@ -48,6 +48,9 @@ def open_pipeline(path, known, vae=None, config=None):
     accepted = inspect.signature(pipeline_class.__init__).parameters
     left_out = [name for name, part in index.items() if part == [None, None]]
     parts = {name: None for name in (*UNUSED_PARTS, *left_out) if name in accepted}
+    if not with_text:
+        text = [name for name in accepted if name.startswith(("text_encoder", "tokenizer"))]
+        parts |= dict.fromkeys(text)
     if vae is not None:
         parts["vae"] = None if vae == "none" else load_vae(vae)
     with loading(f"the model {path}"):

@@ -70,6 +70,12 @@ def check_arguments(args):
                 "--init begins with whole weights, --lora and --fake-lora with the teacher's: "
                 "use one"
             )
+    fake_lora = args.lora if args.fake_lora is None else args.fake_lora
+    if args.ida < 1 and args.lora != fake_lora:
+        raise UserError(
+            "--ida mixes student and fake score: both are whole, or LoRAs of one rank (--lora, "
+            "--fake-lora)"
+        )
     if args.divergence != "reverse-kl" and args.gan_weight == 0:
         raise UserError(
             f"--divergence {args.divergence} reads the density ratio off the GAN's head: it needs "

@@ -190,6 +190,13 @@ def merge_lora(network, weights, path, model):
     check_pairs(weights, path)
     kind = type(model.pipe)
     try:
+        if model.family.network == "transformer":
+            pipe = copy.copy(model.pipe)
+            pipe.transformer = network
+            pipe.load_lora_weights(str(path))
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
+            return
         state, alphas, metadata = kind.lora_state_dict(
             str(path), unet_config=network.config, return_lora_metadata=True
         )
@@ -230,7 +237,7 @@ def write_student(out, nets, config):
     def write(folder):
         folder.mkdir(parents=True)
         if config["lora"]:
-            save_lora(network, state, folder)
+            save_lora(network, state, folder, nets.model)
         else:
             options = json.loads(network.to_json_string())
             options["_class_name"] = nets.model.network_class.__name__  # without FSDP's prefix
@@ -245,10 +252,18 @@ def write_student(out, nets, config):
         checkpoint.replace_folder(Path(out) / "student", write)
 
 
-def save_lora(network, state, folder):
-    """Write a LoRA under kohya's names with diffusers' blocks, lora_unet_down_blocks_0_... with
-    lora_down, lora_up and alpha, which diffusers, ComfyUI and kohya's tools all read whole."""
+def save_lora(network, state, folder, model):
+    """Write a LoRA. Of a UNet under kohya's names with diffusers' blocks,
+    lora_unet_down_blocks_0_... with lora_down, lora_up and alpha, which diffusers, ComfyUI and
+    kohya's tools all read whole; of a transformer as its pipeline itself writes one."""
     config = network.peft_config["default"]
+    if model.family.network == "transformer":
+        layers = {name.replace(".default.", "."): tensor for name, tensor in state.items()}
+        about = config.to_dict() | {"target_modules": sorted(config.target_modules)}
+        type(model.pipe).save_lora_weights(
+            folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=about
+        )
+        return
     weights = {}
     for name, tensor in state.items():
         module, _, which = name.partition(".lora_")  # which: A.default.weight or B.default.weight

@@ -18,10 +18,10 @@ import data
 import models
 import sample
 from lab import faults
-from models import FAMILIES
 from support import edm, students
 from support.cli import UserError
 from support.embedded import CLASSES
+from support.families import FAMILIES
 from tests.tiny import run
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,9 +18,9 @@ import data
 import models
 import sample
 from lab import faults
-from models import FAMILIES
 from support import edm, metrics, protocols, students
 from support.cli import UserError
+from support.families import FAMILIES
 from support.judges.clip import Clip
 from support.judges.emoji import EmojiJudge
 from support.judges.gauges import Gauges

@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 import data
 import losses
@@ -22,7 +20,8 @@ import models
 import sample
 import train
 from lab import plane
-from models import Family
+from support.families import TRANSFORMER, Family
+from tests import flows
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -75,86 +74,56 @@ def test_a_schedule_of_noise_levels_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def sd3(tmp_path):
-    """A tiny Stable Diffusion 3 with random weights, on disk."""
+def auraflow(tmp_path):
+    """A tiny AuraFlow with random weights, on disk."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(data.EMBEDDED["emoji"] / "tokenizer")
-    length = tokenizer.model_max_length
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=length,
-        projection_dim=32,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=16,
-        out_channels=16,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        joint_attention_dim=64,
-        caption_projection_dim=32,
-        pooled_projection_dim=64,
-        pos_embed_max_size=16,
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        latent_channels=16,
-        scaling_factor=1.5,
-        shift_factor=0.06,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
-    pipe = StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
-        text_encoder=encoders[0],
+    tokenizer = flows.make_tokenizer(256)
+    pipe = AuraFlowPipeline(
         tokenizer=tokenizer,
-        text_encoder_2=encoders[1],
-        tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder=flows.make_t5(tokenizer, 32).eval(),
+        vae=flows.make_vae(channels=4),
+        transformer=AuraFlowTransformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pos_embed_max_size=64,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
     )
-    pipe.save_pretrained(tmp_path / "sd3")
-    return tmp_path / "sd3"
+    pipe.save_pretrained(tmp_path / "auraflow")
+    return tmp_path / "auraflow"
 
 
-def test_a_model_family_is_one_row_and_two_short_functions(sd3, tmp_path, monkeypatch):
-    functions = shown(r"^    def call_sd3.*?pooled_projections\": pooled}$")
-    row = shown(r'^    "StableDiffusion3Pipeline".*?$')
-    space = {"Family": Family}
+def test_a_model_family_is_one_row_and_two_short_functions(auraflow, tmp_path, monkeypatch):
+    functions = shown(r"^    def call_auraflow.*?hidden_states\": text}$")
+    row = shown(r'^    "AuraFlowPipeline".*?$')
+    space = {"Family": Family, "TRANSFORMER": TRANSFORMER}
     exec(functions, space)
     monkeypatch.setattr(models, "FAMILIES", models.FAMILIES | eval("{" + row + "}", space))
-    model = models.load_model(sd3)
-    assert model.prediction == "flow" and model.sample_shape == (16, 8, 8)
+    model = models.load_model(auraflow)
+    assert model.prediction == "flow" and model.sample_shape == (4, 8, 8)
 
     # Our sampler at diffusers' levels draws what diffusers draws.
-    pipe = StableDiffusion3Pipeline.from_pretrained(sd3, text_encoder_3=None, tokenizer_3=None)
+    pipe = AuraFlowPipeline.from_pretrained(auraflow)
     pipe.set_progress_bar_config(disable=True)
     prompts = ["red apple", "cat face"]
     noise = sample.column_noise(model, 2, 1, seed=0)
     x = sample.TeacherSampler(model, 4, 3.0).draw(noise, model.encode(prompts))
     options = {"height": 16, "width": 16, "guidance_scale": 3.0, "output_type": "latent"}
     sigmas = [1.0, 0.75, 0.5, 0.25]  # before the shift
-    theirs = pipe(prompts, latents=noise[0], sigmas=sigmas, **options).images
-    torch.testing.assert_close(x, theirs, atol=1e-4, rtol=1e-4)
+    theirs = pipe(prompts, negative_prompt=["", ""], latents=noise[0], sigmas=sigmas, **options)
+    torch.testing.assert_close(x, theirs.images, atol=1e-4, rtol=1e-4)
 
     # And it is distilled.
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    flags = ["--model", sd3, "--prompts", tmp_path / "prompts.txt", "--variant", "decoupled"]
+    flags = ["--model", auraflow, "--prompts", tmp_path / "prompts.txt", "--variant", "decoupled"]
     flags += ["--iterations", 2, "--batch-size", 2, "--out", tmp_path / "run"]
     train.main([str(word) for word in flags])
     assert (tmp_path / "run" / "student" / "config.json").is_file()

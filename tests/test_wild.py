@@ -24,6 +24,7 @@ import train
 from lab import plane
 from support import checkpoint, cli, export, flags, images, runlog, students, weights
 from support.cli import UserError
+from support.families import UNET_LORA_LAYERS
 from support.prompt_files import read_prompts
 from tests.tiny import (
     PROMPTS,
@@ -603,7 +604,7 @@ def adapted(model):
     return [
         name
         for name, module in network.named_modules()
-        if name.endswith(models.UNET_LORA_LAYERS) and hasattr(module, "weight")
+        if name.endswith(UNET_LORA_LAYERS) and hasattr(module, "weight")
     ]
 
 
