@@ -370,7 +370,7 @@ def make_pairs(out, config, model, batch_size=64):
 
 def make_prompts(out, config, model, batch_size=16):
     """Encode prompts, and the empty one. config: model and prompts, as the command takes them."""
-    texts = ["", *dict.fromkeys(prompt for prompt in read_prompts(config["prompts"]) if prompt)]
+    texts = ["", *dict.fromkeys(read_prompts(config["prompts"]))]
     warn_of_cut(model, texts)
 
     def make(i, size, bar):
@@ -378,20 +378,20 @@ def make_prompts(out, config, model, batch_size=16):
         parts = []
         for start in range(0, size, batch_size):
             cond = model.encode(own[start : start + batch_size])
-            parts.append({name: stored(value) for name, value in cond.items()})
+            parts.append({name: stored(value, model.dtype) for name, value in cond.items()})
             bar.update(len(own[start : start + batch_size]))
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return tensors, own, {}
 
-    made_by = "-".join(fingerprint(encoder) for encoder in model.text_encoders)
-    config = config | {"what": "prompts", "count": len(texts), "made_by": made_by}
+    config = config | {"what": "prompts", "count": len(texts)}
+    config["made_by"] = fingerprint(model.origin)
     shards.make_shards(out, config, sorted(model.uncond), make)
 
 
-def stored(value):
-    """Text states in bfloat16, as text encoders of flow models compute them; the rest as it is."""
-    value = value.cpu()
-    return value.bfloat16() if value.is_floating_point() and value.dim() > 1 else value
+def stored(value, dtype):
+    """Text states (B, tokens, width) in the dtype that their encoder gave them in, which loses
+    nothing; the rest as it is."""
+    return value.cpu().to(dtype) if value.dim() == 3 else value.cpu()
 
 
 def make_latents(out, config, model, bad_share=images.BAD_SHARE):

@@ -24,6 +24,7 @@ import torch.utils.checkpoint
 import fsdp
 from support import edm, pipelines
 from support.cli import UserError
+from support.conditions import Conditions
 from support.families import FAMILIES
 from support.weights import fingerprint
 
@@ -472,7 +473,6 @@ class Model:
     ):
         self.name, self.family, self.pipe = name, family, pipe
         self.default_guidance = family.guidance
-        self.conditions = conditions
         self.device, self.dtype = torch.device(device), dtype
         self.encoder_device = torch.device(encoder_device or device)
         network = getattr(pipe, family.network)
@@ -483,6 +483,7 @@ class Model:
         self.denoiser = self.make_denoiser(network).requires_grad_(False).eval()
         self.origin = self.denoiser
         self.frozen_dtype = dtype  # of a teacher that is not trained on
+        self.conditions = Conditions(conditions, self) if conditions else None
         self.text_encoders = [
             part.requires_grad_(False).eval().to(self.encoder_device, dtype)
             for part_name, part in vars(pipe).items()

@@ -38,7 +38,6 @@ import sample
 from models import take
 from support import checkpoint, runlog, runs, students
 from support.ahead import Ahead
-from support.conditions import Conditions
 from support.networks import Networks
 
 # Each paper's method is a preset of the switches; a flag on the command line overrides it.
@@ -487,9 +486,7 @@ def prepare(args, load_model=models.load_model, mesh=None):
     """The networks, and what they are trained on."""
     device, dtype = fsdp.device_and_dtype(args)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    conditions = None
-    if args.prompts and Path(args.prompts).is_dir():
-        conditions = Conditions(args.prompts)
+    encoded = bool(args.prompts) and Path(args.prompts).is_dir()
     model = load_model(
         data.model_path(args.model),
         device,
@@ -499,7 +496,7 @@ def prepare(args, load_model=models.load_model, mesh=None):
         encoder_device=args.encoder_device,
         network_device="cpu" if mesh else None,
         image_size=args.image_size,
-        conditions=conditions,
+        conditions=args.prompts if encoded else None,
     )
     sample.check_steps(model, args.student_steps, args.first_timestep)
     if model.prediction == "edm" and args.guidance != 1:

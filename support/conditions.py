@@ -1,52 +1,31 @@
 """Prompts that were encoded beforehand, so that text encoders need not be loaded in training."""
 
-import math
-from pathlib import Path
-
 import torch
-from safetensors import safe_open
 
-import fsdp
 from support.cli import UserError
-from support.shards import SHARD, about_shard, read_shard
-from support.weights import read_json
+from support.shards import Shards
+from support.weights import fingerprint
 
 
-class Conditions:
-    """What `python data.py prompts` wrote: called with prompts it gives cond, batch first.
-    Checksums are verified at once, each rank taking a part; rows are read when they are asked
-    for."""
+class Conditions(Shards):
+    """What `python data.py prompts` wrote: called with prompts it gives cond, batch first."""
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        config = read_json(self.folder / "config.json")
-        count = config.get("count")
-        if config.get("what") != "prompts" or type(count) is not int or count < 1:
-            raise UserError(
-                f"--prompts {folder} holds no encoded prompts: make them by "
-                "`python data.py prompts`"
-            )
-        self.made_by = config.get("made_by")
-        numbers = range(math.ceil(count / SHARD))
-        files = [self.folder / f"{i:05d}.safetensors" for i in numbers]
-        missing = sum(not file.is_file() for file in files)
-        if missing:
-            raise UserError(
-                f"--prompts {folder} lacks {missing} of {len(files)} files: finish them with the "
-                "command that began them"
-            )
-        for file in files[fsdp.rank() :: fsdp.world_size()]:
-            read_shard(file)
-        self.archives = [safe_open(file, "pt") for file in files]
+    def __init__(self, folder, model):
+        command = f"python data.py prompts --prompts FILE --out {folder} --model {model.name}"
+        made_by = fingerprint(model.origin)
+        super().__init__(folder, None, "encoded prompts", model, made_by, command)
+        if self.config.get("what") != "prompts":
+            raise UserError(f"there are no encoded prompts in {folder}: make them with {command}")
+        self.folder = folder
         self.names = sorted(self.archives[0].keys())
-        self.places = {}
-        for k, archive in enumerate(self.archives):
-            for i, prompt in enumerate(about_shard(archive)["prompts"]):
-                self.places[prompt] = (k, i)
-        self.texts = [prompt for prompt in self.places if prompt]
+        self.place_of = dict(zip(self.prompts, self.places))
+        self.texts = [prompt for prompt in self.place_of if prompt]
+
+    def misfit(self, file, tensors):
+        """Conditions have a shape for each name."""
 
     def __call__(self, prompts):
-        unknown = [prompt for prompt in prompts if prompt not in self.places]
+        unknown = [prompt for prompt in prompts if prompt not in self.place_of]
         if unknown:
             raise UserError(
                 f"--prompts {self.folder} does not hold the prompt {unknown[0]!r} of the real data "
@@ -54,8 +33,5 @@ class Conditions:
             )
         cond = {}
         for name in self.names:
-            rows = []
-            for k, i in (self.places[prompt] for prompt in prompts):
-                rows.append(self.archives[k].get_slice(name)[i : i + 1])
-            cond[name] = torch.cat(rows)
+            cond[name] = torch.cat(self.rows(name, [self.place_of[prompt] for prompt in prompts]))
         return cond

@@ -2,6 +2,11 @@
 
 NOT_SHOWN = ("keep", "save_every", "track", "device", "launch")
 
+WHY_TIMESTEPS = """LCMScheduler may warn that these are not its own timesteps; they are those that
+the student was trained for:"""
+WHY_SIGMAS = """Its levels are given as sigmas, before the shift: from a number of steps diffusers'
+schedulers would make others:"""
+
 
 def model_card(model, timesteps, config):
     teacher = config["model"] or "assets/emoji_teacher"
@@ -12,12 +17,12 @@ def model_card(model, timesteps, config):
             f"A student of {teacher} for {steps}, timesteps {timesteps} of its "
             f"{len(model.schedule)} noise levels: `python sample.py --student RUN`.\n"
         )
-    scheduler, change, levels, wants = "LCMScheduler", "", f"timesteps={timesteps}", WANTS_VP
+    scheduler, change, levels, why = "LCMScheduler", "", f"timesteps={timesteps}", WHY_TIMESTEPS
     if model.prediction == "flow":
-        scheduler, wants = "FlowMatchLCMScheduler", WANTS_FLOW
+        sigmas = [round((t + 1) / len(model.schedule), 6) for t in timesteps]  # before the shift
+        scheduler, levels, why = "FlowMatchLCMScheduler", f"sigmas={sigmas}", WHY_SIGMAS
         if not model.pipe.scheduler.config.get("use_dynamic_shifting"):
             change = f", shift={model.shift:g}"
-        levels = f"sigmas={sigmas_of(model, timesteps)}"
     network, part = model.network_class.__name__, model.family.network
     if config["lora"]:
         imports = f"{scheduler}, {pipeline}"
@@ -27,9 +32,9 @@ def model_card(model, timesteps, config):
         imports = f"{scheduler}, {network}, {pipeline}"
         load = f"""student = {network}.from_pretrained("path/to/this/folder")
     pipe = {pipeline}.from_pretrained("{teacher}", {part}=student)"""
-    size = f", height={model.image_size}, width={model.image_size}"
-    size *= part == "transformer" or config["image_size"] is not None
-    call = f"{levels}, {model.family.unguided}{size}"
+    call = f"{levels}, {model.family.unguided}"
+    if part == "transformer" or config["image_size"]:
+        call += f", height={model.image_size}, width={model.image_size}"
     shown = [name for name in config if name not in NOT_SHOWN and config[name] not in (None, False)]
     flags = "\n".join(f"| {name} | {config[name]} |" for name in shown)
     return f"""---
@@ -41,8 +46,9 @@ tags: [distribution-matching-distillation, {"lora, " * bool(config["lora"])}few-
 A student that draws in {steps} what `{teacher}` draws in 50, made by distribution matching
 distillation (`--variant {config["variant"]}`).
 
-It wants timesteps {timesteps}, no guidance (`{model.family.unguided}` in diffusers), and a
-scheduler that predicts x0 and adds new noise. {wants}
+It wants timesteps {timesteps}, no classifier-free guidance (`{model.family.unguided}` in
+diffusers), and a scheduler that predicts x0 and adds new noise.
+{why}
 
     from diffusers import {imports}
     {load}
@@ -53,15 +59,3 @@ scheduler that predicts x0 and adds new noise. {wants}
 |---|---|
 {flags}
 """
-
-
-WANTS_VP = """LCMScheduler may warn that these are not its own timesteps; they are
-those that the student was trained for:"""
-WANTS_FLOW = """Its levels are given as sigmas, before the
-shift: from a number of steps diffusers' schedulers would make others.
-"""
-
-
-def sigmas_of(model, timesteps):
-    """Of timesteps, before the shift."""
-    return [round((t + 1) / len(model.schedule), 6) for t in timesteps]

@@ -118,6 +118,10 @@ class Shards:
             tensors, _, _ = read_shard(file, self.names)
         except UserError as error:
             return str(error)
+        return self.misfit(file, tensors)
+
+    def misfit(self, file, tensors):
+        """What is wrong with tensors for this model, or None."""
         wanted = self.model.sample_shape
         for tensor in tensors.values():
             if tensor.shape[1:] != wanted:
@@ -132,11 +136,13 @@ class Shards:
     def read(self, index):
         tensors = []
         for name in self.names:
-            slices = []
-            for k, i in (self.places[j] for j in index):
-                slices.append(self.archives[k].get_slice(name)[i : i + 1])
-            tensors.append(as_sample(torch.cat(slices)).to(self.model.device))
+            rows = self.rows(name, [self.places[i] for i in index])
+            tensors.append(as_sample(torch.cat(rows)).to(self.model.device))
         return *tensors, [self.prompts[i] for i in index]
+
+    def rows(self, name, places):
+        """[(1, ...), ...] of a tensor, at places (shard, row)."""
+        return [self.archives[k].get_slice(name)[i : i + 1] for k, i in places]
 
 
 def as_sample(x):

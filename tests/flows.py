@@ -100,9 +100,8 @@ def make_gemma(tokenizer):
     return transformers.Gemma2Model(config)
 
 
-def make_qwen3(tokenizer, layers=3):
-    config = transformers.Qwen3Config(**decoder_options(tokenizer, num_hidden_layers=layers))
-    return config
+def qwen3_config(tokenizer, layers=3):
+    return transformers.Qwen3Config(**decoder_options(tokenizer, num_hidden_layers=layers))
 
 
 def stable_diffusion_3():
@@ -180,7 +179,7 @@ def z_image():
     return diffusers.ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=make_vae(),
-        text_encoder=transformers.Qwen3Model(make_qwen3(tokenizer)),
+        text_encoder=transformers.Qwen3Model(qwen3_config(tokenizer)),
         tokenizer=tokenizer,
         transformer=diffusers.ZImageTransformer2DModel(
             in_channels=16,
@@ -255,7 +254,7 @@ def flux2_klein():
             norm_num_groups=8,
             latent_channels=4,
         ),
-        text_encoder=transformers.Qwen3ForCausalLM(make_qwen3(tokenizer, layers=28)),
+        text_encoder=transformers.Qwen3ForCausalLM(qwen3_config(tokenizer, layers=28)),
         tokenizer=tokenizer,
         transformer=diffusers.Flux2Transformer2DModel(
             in_channels=16,
@@ -316,8 +315,7 @@ MAKERS = {
     "flux2": flux2_klein,
     "qwen": qwen_image,
 }
-# Of transformers that take any; None is the network's own.
-IMAGE_SIZES = dict.fromkeys(MAKERS, 16) | {"sd3": None, "sana": None, "lumina2": None}
+IMAGE_SIZES = dict.fromkeys(MAKERS, 16) | {"sana": 32, "lumina2": 64}
 
 
 def as_in_pipeline(name, x):
@@ -331,13 +329,6 @@ def latents_given(name, pipe, x):
         mean, deviation = flux2_norm(pipe.vae, x)
         return torch.nn.functional.pixel_shuffle(x * deviation + mean, 2)
     return as_in_pipeline(name, x)
-
-
-# How each pipeline is called to draw without guidance.
-UNGUIDED = {name: {"guidance_scale": 0} for name in MAKERS}
-UNGUIDED["sana"]["use_resolution_binning"] = False
-UNGUIDED["flux"] = {}
-UNGUIDED["qwen"] = {"true_cfg_scale": 1}
 
 
 def draw_with_lcm(name, pipe, model, prompts, noise, monkeypatch):
@@ -358,7 +349,7 @@ def draw_with_lcm(name, pipe, model, prompts, noise, monkeypatch):
         module = diffusers.schedulers.scheduling_flow_match_lcm
         patch.setattr(module, "randn_tensor", next_noise)
         latents = as_in_pipeline(name, noise[0])
-        options |= UNGUIDED[name]
+        options |= eval(f"dict({model.family.unguided})")  # as a model card says it
         return pipe(prompt=list(prompts), latents=latents, sigmas=sigmas, **options).images
 
 

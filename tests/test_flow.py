@@ -15,9 +15,9 @@ import train
 from lab import faults
 from support import shards, students
 from support.cli import UserError
-from support.conditions import Conditions
 from support.networks import Networks, trained
 from tests import flows
+from tests.flows import IMAGE_SIZES
 from tests.test_fsdp import check_same, torchrun
 from tests.tiny import open_in_diffusers
 
@@ -33,7 +33,6 @@ GUIDED = {
     "flux2": {"guidance_scale": 2.0},
     "qwen": {"negative_prompt": [" ", " "], "true_cfg_scale": 1.0},
 }
-SIZES = {"sana": 32, "lumina2": 64} | dict.fromkeys(("sd3", "z_image", "flux", "flux2", "qwen"), 16)
 UNGUIDED = ("flux", "qwen")  # the one is told its scale, the other rescales what it guides
 
 
@@ -49,7 +48,7 @@ def places(tmp_path_factory):
 
 
 def load(places, name):
-    return models.load_model(places[name], image_size=flows.IMAGE_SIZES[name])
+    return models.load_model(places[name], image_size=IMAGE_SIZES[name])
 
 
 @pytest.mark.parametrize("name", flows.MAKERS)
@@ -131,7 +130,7 @@ def run_of(places, tmp_path_factory):
             flags = ["--model", places[name], "--prompts", place / "prompts.txt", "--ema", 0]
             flags += ["--variant", "decoupled", "--fake-updates", 1, "--batch-size", 2]
             flags += ["--iterations", 2, "--student-steps", 2, "--learning-rate", 1e-2]
-            flags += ["--image-size", SIZES[name], "--warmup", 0, "--out", out]
+            flags += ["--image-size", IMAGE_SIZES[name], "--warmup", 0, "--out", out]
             train.main([*map(str, flags), *(["--lora", "2"] if kind == "lora" else [])])
         return out
 
@@ -176,7 +175,7 @@ def test_the_model_card_s_code_draws(run_of, name, kind, tmp_path):
     code = code.replace("path/to/this/folder", str(folder))
     code = code.replace("image.png", str(tmp_path / "image.png"))
     exec(code, {})
-    assert Image.open(tmp_path / "image.png").width == SIZES[name]
+    assert Image.open(tmp_path / "image.png").width == IMAGE_SIZES[name]
 
 
 # ----------------------------------------------------------------------------- encoded prompts
@@ -186,27 +185,30 @@ def test_the_model_card_s_code_draws(run_of, name, kind, tmp_path):
 def test_encoded_prompts_take_the_place_of_text_encoders(places, name, tmp_path):
     file, folder = tmp_path / "prompts.txt", tmp_path / "encoded"
     file.write_text("\n".join(PROMPTS))
-    size = ["--image-size", flows.IMAGE_SIZES[name]] if flows.IMAGE_SIZES[name] else []
+    size = ["--image-size", IMAGE_SIZES[name]]
     command = ["prompts", "--prompts", file, "--out", folder, "--model", places[name], *size]
     data.main([*map(str, command)])
     stamp = (folder / "00000.safetensors").stat().st_mtime_ns
     data.main([*map(str, command)])  # what is whole is not made again
     assert (folder / "00000.safetensors").stat().st_mtime_ns == stamp
     whole = load(places, name)
-    conditions = Conditions(folder)
-    model = models.load_model(
-        places[name], image_size=flows.IMAGE_SIZES[name], conditions=conditions
-    )
+    model = models.load_model(places[name], image_size=IMAGE_SIZES[name], conditions=folder)
     assert whole.text_encoders and not model.text_encoders
     for text in (*PROMPTS, ""):
         theirs = whole.encode([text])
         for key, value in model.encode([text]).items():
-            torch.testing.assert_close(value, theirs[key], atol=0.02, rtol=0.02)  # bfloat16
+            torch.testing.assert_close(value, theirs[key], atol=1e-5, rtol=1e-5)
     flags = ["--model", places[name], "--prompts", folder, "--variant", "decoupled", *size]
     flags += ["--iterations", 2, "--batch-size", 2, "--out", tmp_path / "run"]
     train.main([*map(str, flags)])
     with pytest.raises(UserError, match="does not hold the prompt 'rocket' of the real data"):
         model.encode(["rocket"])
+    with pytest.raises(UserError, match="were made by the weights of .*, which are not those of"):
+        models.load_model(places["sana"], conditions=folder)
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="there are no encoded prompts in .*latents"):
+        models.load_model(places[name], conditions=tmp_path / "latents")
 
 
 # ----------------------------------------------------------------------------- recipes and switches
@@ -230,7 +232,7 @@ def test_every_recipe_makes_two_iterations(places, recipe, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     flags = [f"@{RECIPES / recipe}.args", "--model", places[name], "--out", tmp_path / "run"]
     flags += ["--prompts", tmp_path / "prompts.txt", "--iterations", 2, "--batch-size", 2]
-    flags += ["--dtype", "float32", "--image-size", SIZES[name]]
+    flags += ["--dtype", "float32", "--image-size", IMAGE_SIZES[name]]
     train.main([*map(str, flags)])
     assert (tmp_path / "run" / "student" / "README.md").is_file()
 
@@ -309,6 +311,11 @@ def test_latents_and_students_of_another_family_are_one_line(places, run_of, tmp
     assert "of shape (16, 8, 8)" in one_line(error) and "has (8, 8, 8)" in one_line(error)
 
 
+def test_a_size_that_is_not_named_is_the_network_s_own(places):
+    assert models.load_model(places["sd3"]).image_size == 16
+    assert models.load_model(places["sana"]).image_size == 32
+
+
 def test_a_size_that_does_not_fit_is_one_line(places):
     with pytest.raises(UserError) as error:
         models.load_model(places["flux"], image_size=18)
@@ -335,7 +342,7 @@ BOTH = ("sd3", "z_image")
 def flags_of_a_run(places, name, place):
     (place / "prompts.txt").write_text("\n".join(PROMPTS))
     flags = ["--model", places[name], "--prompts", place / "prompts.txt", "--variant", "decoupled"]
-    flags += ["--image-size", SIZES[name], "--batch-size", 2, "--fake-updates", 2]
+    flags += ["--image-size", IMAGE_SIZES[name], "--batch-size", 2, "--fake-updates", 2]
     return [*flags, "--dtype", "float32"]
 
 
