@@ -29,7 +29,7 @@ from support import cli
 from support.cli import UserError
 
 # The units that are sharded: what diffusers' UNets and transformers are made of. At any time a rank
-# holds the whole parameters of one block, of the next one on its way, and of the few layers between.
+# holds the whole parameters of one block, of the next one on its way, and of the layers between.
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "JointTransformerBlock")
 BLOCKS += ("SanaTransformerBlock", "ZImageTransformerBlock", "Lumina2TransformerBlock")
 BLOCKS += ("FluxTransformerBlock", "FluxSingleTransformerBlock", "QwenImageTransformerBlock")
