@@ -12,7 +12,7 @@ import data
 import models
 import sample
 import train
-from lab import faults
+from lab import faults, plane
 from support import shards, students
 from support.cli import UserError
 from support.networks import Networks, trained
@@ -61,11 +61,12 @@ def test_a_teacher_draws_what_its_pipeline_draws(places, name):
     if name == "sana":  # its own is a solver of second order
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     latents = flows.as_in_pipeline(name, noise[0])
-    options = dict(height=model.image_size, width=model.image_size, output_type="latent")
-    theirs = pipe(
-        prompt=list(PROMPTS), latents=latents, sigmas=SIGMAS, **options, **GUIDED[name]
-    ).images
+    options = dict(sigmas=SIGMAS, height=IMAGE_SIZES[name], width=IMAGE_SIZES[name])
+    options |= GUIDED[name]
+    theirs = pipe(prompt=list(PROMPTS), latents=latents, output_type="latent", **options).images
     torch.testing.assert_close(flows.latents_given(name, pipe, x), theirs, atol=1e-4, rtol=1e-4)
+    images = pipe(prompt=list(PROMPTS), latents=latents, output_type="pt", **options).images
+    torch.testing.assert_close(model.decode(x), images, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", flows.MAKERS)
@@ -168,14 +169,19 @@ def test_a_student_draws_the_same_in_its_pipeline(places, run_of, name, kind, mo
 
 
 @pytest.mark.parametrize("name, kind", STUDENTS)
-def test_the_model_card_s_code_draws(run_of, name, kind, tmp_path):
+def test_the_model_card_s_code_draws(places, run_of, name, kind, tmp_path):
+    """Its snippet, run as it stands, at the levels that the student was trained for."""
     folder = run_of(name, kind) / "student"
     lines = (folder / "README.md").read_text().splitlines()
     code = "\n".join(line[4:] for line in lines if line.startswith("    "))
     code = code.replace("path/to/this/folder", str(folder))
     code = code.replace("image.png", str(tmp_path / "image.png"))
-    exec(code, {})
+    space = {}
+    exec(code, space)
     assert Image.open(tmp_path / "image.png").width == IMAGE_SIZES[name]
+    schedule = load(places, name).schedule
+    levels = schedule.sigma[schedule.timesteps(2)]
+    torch.testing.assert_close(space["pipe"].scheduler.sigmas[:2], levels, atol=1e-5, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------- encoded prompts
@@ -205,10 +211,10 @@ def test_encoded_prompts_take_the_place_of_text_encoders(places, name, tmp_path)
         model.encode(["rocket"])
     with pytest.raises(UserError, match="were made by the weights of .*, which are not those of"):
         models.load_model(places["sana"], conditions=folder)
-    (tmp_path / "latents").mkdir()
-    (tmp_path / "latents" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="there are no encoded prompts in .*latents"):
-        models.load_model(places[name], conditions=tmp_path / "latents")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"what": "pairs"}))
+    with pytest.raises(UserError, match="there are no encoded prompts in"):
+        models.load_model(places[name], conditions=folder)
 
 
 # ----------------------------------------------------------------------------- recipes and switches
@@ -274,6 +280,30 @@ def test_ida_moves_the_fake_score_towards_the_student(places, lora):
     assert before.keys() == latest.keys()
     for name, parameter in trained(nets.fake_score.denoiser).items():
         torch.testing.assert_close(parameter, 0.9 * before[name] + 0.1 * latest[name])
+
+
+def on_the_plane(*flags):
+    args = train.parse_arguments([f"@{plane.RECIPE}", *flags])
+    return *train.prepare(args, plane.load_model), args
+
+
+def test_ida_follows_the_student_s_step():
+    """All of the student, and next to no step of its own: the fake score is the student."""
+    rates = ("--learning-rate", "0.1", "--fake-learning-rate", "1e-12", "--warmup", "0")
+    nets, sources, args = on_the_plane("--ida", "0", "--gan-weight", "0", *rates)
+    start = {name: p.clone() for name, p in trained(nets.student).items()}
+    train.iterate(nets, train.draw_batch(nets, sources, 0, args), 0, args)
+    fake = trained(nets.fake_score.denoiser)
+    for name, parameter in trained(nets.student).items():
+        torch.testing.assert_close(fake[name], parameter, atol=1e-6, rtol=0)
+    assert any((p - start[name]).abs().max() > 0.01 for name, p in trained(nets.student).items())
+
+
+def test_dm_s_levels_are_shifted_where_batches_are_drawn():
+    flags = ("--variant", "decoupled", "--guidance", "1.5", "--renoise-shift", "100")
+    nets, sources, args = on_the_plane(*flags)
+    batch = train.draw_batch(nets, sources, 0, args)
+    assert batch.t_dm.float().mean() > 900 and batch.t_ca.float().mean() < 700
 
 
 def test_ida_wants_two_networks_of_a_kind():
