@@ -192,7 +192,7 @@ def test_encoded_prompts_take_the_place_of_text_encoders(places, name, tmp_path)
     file, folder = tmp_path / "prompts.txt", tmp_path / "encoded"
     file.write_text("\n".join(PROMPTS))
     size = ["--image-size", IMAGE_SIZES[name]]
-    command = ["prompts", "--prompts", file, "--out", folder, "--model", places[name], *size]
+    command = ["prompts", "--prompts", file, "--out", folder, "--model", places[name]]
     data.main([*map(str, command)])
     stamp = (folder / "00000.safetensors").stat().st_mtime_ns
     data.main([*map(str, command)])  # what is whole is not made again
