@@ -21,8 +21,8 @@ def model_card(model, timesteps, config):
     if model.prediction == "flow":
         sigmas = [round((t + 1) / len(model.schedule), 6) for t in timesteps]  # before the shift
         scheduler, levels, why = "FlowMatchLCMScheduler", f"sigmas={sigmas}", WHY_SIGMAS
-        if not model.pipe.scheduler.config.get("use_dynamic_shifting"):
-            change = f", shift={model.shift:g}"
+        # The levels that it was trained for, whatever the pipeline would make of a size or number.
+        change = f", shift={model.shift:.6g}, use_dynamic_shifting=False, shift_terminal=None"
     network, part = model.network_class.__name__, model.family.network
     if config["lora"]:
         imports = f"{scheduler}, {pipeline}"

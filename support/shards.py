@@ -163,7 +163,7 @@ def make_shards(out, config, names, make):
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank == 0:
         replace_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-    exact = config["what"] != "latents"  # of images, bad ones may be missing
+    exact = config["what"] in ("pairs", "prompts")  # of images, bad ones may be missing
     files = {i: out / f"{i:05d}.safetensors" for i in range(rank, math.ceil(count / SHARD), ranks)}
     sizes = {i: min(SHARD, count - i * SHARD) for i in files}
     todo = [i for i in files if not is_whole(files[i], names, sizes[i], exact)]

@@ -333,10 +333,8 @@ def latents_given(name, pipe, x):
 
 def draw_with_lcm(name, pipe, model, prompts, noise, monkeypatch):
     """What FlowMatchLCMScheduler draws, given the very noise that our sampler gets."""
-    change = {}
-    if not pipe.scheduler.config.get("use_dynamic_shifting"):
-        change = {"shift": model.shift}
-    pipe.scheduler = FlowMatchLCMScheduler.from_config(pipe.scheduler.config, **change)
+    levels = dict(shift=model.shift, use_dynamic_shifting=False, shift_terminal=None)
+    pipe.scheduler = FlowMatchLCMScheduler.from_config(pipe.scheduler.config, **levels)
     rest = iter(noise[1:])
 
     def next_noise(*arguments, **options):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import data
 import models
@@ -107,6 +108,21 @@ def test_bad_images_are_named_and_left_out_up_to_a_share(folders, images, sd15, 
         printed = capsys.readouterr().out
         assert "left out: " in printed and "2.png" in printed
     assert data.real_data(sd15, tmp_path / "latents").count == 5
+
+
+@pytest.mark.parametrize("what", ["latents", "pixels"])
+def test_shards_that_lack_bad_images_are_not_made_again(folders, images, what, tmp_path):
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder if what == "latents" else folder / "a class")
+    next(folder.rglob("2.png")).write_text("no image")
+    model = f"--model {folders['sd15']}" if what == "latents" else "--size 8"
+    command = f"{what} {model} --images {folder} --out {tmp_path}/out --bad-share 0.5"
+    call(data, command)
+    file = tmp_path / "out" / "00000.safetensors"
+    made = file.stat().st_mtime_ns
+    call(data, command)
+    assert file.stat().st_mtime_ns == made
+    assert len(safe_open(file, "pt").get_slice("x0")[:]) == 5
 
 
 # ----------------------------------------------------------------------------- made beforehand

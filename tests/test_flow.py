@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from PIL import Image
 
 import data
@@ -182,6 +183,24 @@ def test_the_model_card_s_code_draws(places, run_of, name, kind, tmp_path):
     schedule = load(places, name).schedule
     levels = schedule.sigma[schedule.timesteps(2)]
     torch.testing.assert_close(space["pipe"].scheduler.sigmas[:2], levels, atol=1e-5, rtol=1e-5)
+
+
+def test_a_card_s_levels_are_the_student_s_whatever_the_pipeline_would_choose(places, run_of):
+    """Qwen-Image's scheduler stretches its levels to end at a value, FLUX.2's pipeline gives it a
+    shift that grows with the number of steps."""
+    model = load(places, "sd3")
+    card = (run_of("sd3", "whole") / "student" / "README.md").read_text()
+    line = next(line for line in card.splitlines() if "pipe.scheduler =" in line).strip()
+    config = dict(model.pipe.scheduler.config) | {"shift_terminal": 0.02}
+    config["use_dynamic_shifting"] = True
+    pipe = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler.from_config(config))
+    exec(line, {"pipe": pipe, "FlowMatchLCMScheduler": FlowMatchLCMScheduler})
+    timesteps = model.schedule.timesteps(2)
+    sigmas = [(t + 1) / len(model.schedule) for t in timesteps]
+    pipe.scheduler.set_timesteps(sigmas=sigmas, mu=2.0)
+    torch.testing.assert_close(
+        pipe.scheduler.sigmas[:2], model.schedule.sigma[timesteps], atol=1e-5, rtol=1e-5
+    )
 
 
 # ----------------------------------------------------------------------------- encoded prompts
