@@ -33,7 +33,11 @@ from support.shards import SHARD, Shards, as_sample
 from support.weights import fingerprint
 
 # Names for --model.
-EMBEDDED = {"emoji": ASSETS / "emoji_teacher", "emoji-classes": ASSETS / "emoji_classes"}
+EMBEDDED = {
+    "emoji": ASSETS / "emoji_teacher",
+    "emoji-classes": ASSETS / "emoji_classes",
+    "world": ASSETS / "world_teacher",
+}
 
 
 def model_path(name):

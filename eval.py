@@ -49,7 +49,6 @@ from support import cli, flags
 if __name__ == "__main__":
     cli.answer_early(flags.eval_parser, __doc__)
 
-import torch
 
 import data
 import fsdp
@@ -57,13 +56,11 @@ import sample
 from support import images, judges, pictures, references, report
 from support.checkpoint import make_writable, replace_text
 from support.cli import UserError
-from support.judges.emoji import EmojiJudge
 from support.judges.inception import Inception
 from support.judging import Source, folder_source, judge_source, read_parts, some_of
 from support.metrics import (
     COVERAGE_REPEATS,
     COVERAGE_SAMPLES,
-    COVERAGE_WORDS,
     Gaussian,
     coverage_samples,
     metrics_of,
@@ -95,7 +92,7 @@ def model_source(setting, sampler, key):
 def real_source(setting):
     """What a perfect model of the embedded set would draw."""
     seed = setting.args.seed
-    real = setting.emoji.real(setting.prompts, seed + 1)
+    real = setting.own.real(setting.prompts, seed + 1)
 
     def draw(start, stop):
         return list(enumerate(real[start:stop], start)), {}
@@ -120,7 +117,7 @@ def model_sources(setting, students, guidance):
     """The rows of teacher, students and real images."""
     args, model = setting.args, setting.model
     few = ()
-    if setting.emoji and not args.compare:
+    if setting.own and not args.compare:
         few = students[0].steps if students else args.steps or (4, 2, 1)
     sources = []
     key = {"kind": "teacher", "weights": fingerprint(model.denoiser)}
@@ -131,7 +128,7 @@ def model_sources(setting, students, guidance):
         key["first timestep"] = student.first_timestep
         for steps, sampler in zip(student.steps, student.samplers(model)):
             sources.append(model_source(setting, sampler, key | {"steps": steps}))
-    if setting.emoji:
+    if setting.own:
         sources.append(real_source(setting))
     return sources
 
@@ -153,13 +150,13 @@ class Setting:
         self.check_model()
         fsdp.print_main("loading the judges")
         self.judges = judges.make(args, self)
-        self.emoji = self.judge_of(EmojiJudge)
+        self.own = self.judge_of(judges.OwnJudge)
         self.inception = self.judge_of(Inception)
         self.prompts, self.counted = self.choose_prompts() if model else ([], 0)
         self.check_counts()
         self.reference = {}
-        if self.emoji:
-            features = self.emoji.reference()
+        if self.own:
+            features = self.own.reference()
             self.reference["layout"] = {"gaussian": Gaussian.of(features), "features": features}
         if args.reference and not args.write_reference:
             is_file = Path(args.reference).suffix == ".npz"
@@ -201,7 +198,7 @@ class Setting:
         """Warn of numbers that compare with nothing."""
         args, protocol = self.args, self.protocol
         self.coverage_samples = coverage_samples(self.prompts[self.counted :] or self.prompts)
-        if self.emoji and self.model and self.counted < protocol.samples:
+        if self.own and self.model and self.counted < protocol.samples:
             fewer = ""
             if self.coverage_samples < COVERAGE_SAMPLES and not args.no_coverage:
                 fewer = f", {self.coverage_samples} of {COVERAGE_SAMPLES} a prompt for coverage"
@@ -236,14 +233,9 @@ class Setting:
         elif self.protocol.prompts == "labels":
             prompts = [str(i % model.labels) for i in range(count)]
         else:
-            captions = self.emoji.captions
-            if count > len(captions):
-                raise UserError(f"--samples {count}: the set has {len(captions)} captions")
-            generator = torch.Generator().manual_seed(args.seed)
-            chosen = torch.randperm(len(captions), generator=generator)[:count]
-            prompts = [captions[i] for i in chosen]
+            prompts = self.own.prompts(count, args.seed)
             each = COVERAGE_SAMPLES * COVERAGE_REPEATS
-            repeated = [word for word in COVERAGE_WORDS for _ in range(each)]
+            repeated = [prompt for prompt in self.own.open_prompts for _ in range(each)]
         return prompts + ([] if args.no_coverage else repeated), len(prompts)
 
     def check_captions(self, source):
@@ -259,8 +251,8 @@ class Setting:
                 "(file_name, text) or in a .txt beside each image"
             )
         try:
-            for prompt in dict.fromkeys(source.prompts if self.emoji else ()):
-                self.emoji.accepted(prompt)
+            for prompt in dict.fromkeys(source.prompts if self.own else ()):
+                self.own.check(prompt)
         except UserError as error:
             raise UserError(f"{source.label}: {error}") from None
 
@@ -289,7 +281,7 @@ class Setting:
             self.counts[source.label] = len(judged["index"])
             prompts = [source.prompts[i] for i in judged["index"].tolist()]
             count = int((judged.pop("index") < source.counted).sum())
-            metrics = metrics_of(judged, prompts, count, self.reference, self.emoji, self.args.seed)
+            metrics = metrics_of(judged, prompts, count, self.reference, self.own, self.args.seed)
             if self.protocol.published and count < self.protocol.samples:
                 self.warn(
                     f"{source.label}: {count:,} of the {self.protocol.samples:,} images of "
@@ -305,8 +297,7 @@ class Setting:
 
 def default_protocol(model):
     place = model and Path(model.name).resolve()
-    known = {data.EMBEDDED["emoji"]: "emoji", data.EMBEDDED["emoji-classes"]: "emoji-classes"}
-    return known.get(place, "as-is")
+    return {path: name for name, path in data.EMBEDDED.items()}.get(place, "as-is")
 
 
 # ----------------------------------------------------------------------------- command line

@@ -62,9 +62,8 @@ CLASS_UNET = dict(
 
 
 def learning_rate_scale(iteration, iterations, warmup=200):
-    """Linear warm-up, then half a cosine to zero."""
-    warmed = min(1.0, (iteration + 1) / warmup)
-    return warmed * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+    """Linear warm-up, constant, and linear to zero over the last third."""
+    return min(1.0, (iteration + 1) / warmup, 3 * (1 - iteration / iterations))
 
 
 def save_state(path, **state):
@@ -78,7 +77,7 @@ def average_of(networks):
     return AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(0.999))
 
 
-def train(stage, iterations, modules, loss_of, args, average=None):
+def train(stage, iterations, modules, loss_of, args, average=None, decays=True):
     """AdamW with clipping, warm-up and cosine; a checkpoint every 500 iterations.
     loss_of(generator) draws a batch and returns its loss."""
     path = Path(args.work) / f"{stage}.pt"
@@ -97,10 +96,11 @@ def train(stage, iterations, modules, loss_of, args, average=None):
         if average:
             average.load_state_dict(state["average"])
         start = state["iteration"]
+    last = iterations if decays else math.inf
     progress = tqdm(range(start, iterations), initial=start, total=iterations, desc=stage)
     for iteration in progress:
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * learning_rate_scale(iteration, iterations)
+            group["lr"] = LEARNING_RATE * learning_rate_scale(iteration, last)
         with models.compute_in(getattr(torch, args.dtype), torch.empty(8, 8, device=args.device)):
             loss = loss_of(generator)
         loss.backward()
@@ -193,7 +193,7 @@ def make_latents(vae, images, width, views, args):
 # ----------------------------------------------------------------------------- text and denoiser
 
 
-def make_tokenizer(captions, folder):
+def make_tokenizer(captions, folder, max_tokens=MAX_TOKENS):
     """A CLIPTokenizer whose merges were learnt on the captions until every word is one token."""
     from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
     from tokenizers.models import BPE
@@ -224,7 +224,7 @@ def make_tokenizer(captions, folder):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=max_tokens)
 
 
 def make_networks(tokenizer, args):

@@ -21,7 +21,7 @@ from lab import plane
 from support import checkpoint, pictures
 from support.judges.emoji import EmojiJudge
 from support.judges.gauges import Gauges
-from support.metrics import COVERAGE_SAMPLES, COVERAGE_WORDS, Gaussian, metrics_of
+from support.metrics import COVERAGE_SAMPLES, Gaussian, metrics_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("train.py", "losses.py", "models.py", "data.py", "lab/plane.py", "lab/trials.py")
@@ -235,9 +235,7 @@ class EmojiMeter:
     def __init__(self, nets, args):
         self.model, self.args, self.judge = nets.model, args, EmojiJudge()
         self.student = sample.StudentSampler(nets.averaged_student, nets.timesteps)
-        generator = torch.Generator().manual_seed(args.seed)
-        chosen = torch.randperm(len(self.judge.captions), generator=generator)[:100]
-        self.prompts = [self.judge.captions[i] for i in chosen]
+        self.prompts = self.judge.prompts(100, args.seed)
 
     def images(self, prompts):
         steps = self.args.student_steps
@@ -249,7 +247,7 @@ class EmojiMeter:
         return {name: latest[name].item() for name in ("std", "gap")}
 
     def at_the_end(self):
-        words = [word for word in COVERAGE_WORDS for _ in range(COVERAGE_SAMPLES)]
+        words = [word for word in self.judge.open_prompts for _ in range(COVERAGE_SAMPLES)]
         prompts = self.prompts + words
         images = self.images(prompts)
         views = {"whole": images}

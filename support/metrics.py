@@ -10,7 +10,6 @@ import torch
 from support.cli import UserError
 from support.judges.inception import import_fidelity
 
-COVERAGE_WORDS = ("cat", "heart", "moon")  # prompts that many images of the embedded set fit
 COVERAGE_SAMPLES, COVERAGE_REPEATS = 32, 3
 DRAWS = 20  # of a bootstrap
 GAUGES = ("mean", "deviation", "saturation")
@@ -164,9 +163,9 @@ def coverage_samples(prompts):
     return min([COVERAGE_SAMPLES, *counts])
 
 
-def coverage_metric(nearest, prompts, judge):
-    """nearest (N,), -1 where it is wrong. Over the first 3 x 32 samples of each prompt, or fewer
-    where there are fewer."""
+def coverage_metric(kinds, prompts, judge):
+    """kinds (N,) of right images, -1 of wrong ones. Over the first 3 x 32 samples of each prompt,
+    or fewer where there are fewer."""
     places, each = places_of(prompts), coverage_samples(prompts)
     if each == 0:
         return {}
@@ -174,8 +173,8 @@ def coverage_metric(nearest, prompts, judge):
     for k in range(COVERAGE_REPEATS):
         shares = []
         for prompt, own in places.items():
-            found = nearest[own[k * each : (k + 1) * each]].tolist()
-            shares.append(len(set(found) - {-1}) / len(judge.accepted(prompt)))
+            found = kinds[own[k * each : (k + 1) * each]].tolist()
+            shares.append(len(set(found) - {-1}) / judge.kinds(prompt))
         repeats.append(sum(shares) / len(shares))
     metric = mean_metric(repeats)
     return {"coverage": dataclasses.replace(metric, values=None)}  # three numbers are no pairs
@@ -200,9 +199,9 @@ def metrics_of(judged, prompts, count, reference, judge, seed):
     are the protocol's, the rest repeated. judge: the embedded set's, or None."""
     metrics, main = {}, {name: values[:count] for name, values in judged.items()}
     if judge:
-        metrics["alignment"] = mean_metric(main["nearest"] >= 0)
+        metrics |= judge.metrics(main["kind"] >= 0, prompts[:count])
         several = slice(count if len(prompts) > count else 0, None)
-        metrics |= coverage_metric(judged["nearest"][several], prompts[several], judge)
+        metrics |= coverage_metric(judged["kind"][several], prompts[several], judge)
     best = "whole" if "features whole" in main else "layout"
     titles = {"layout": "frechet", "whole": "fid"}
     for name, features in main.items():
@@ -216,7 +215,7 @@ def metrics_of(judged, prompts, count, reference, judge, seed):
         if view == best and fidelity_or_none():
             logits = main.get(f"logits {view}")
             metrics |= library_metrics(features, logits, known.get("features"))
-    numbers = [name for name in main if main[name].dim() == 1 and name != "nearest"]
+    numbers = [name for name in main if main[name].dim() == 1 and name != "kind"]
     scores = [name for name in numbers if name not in GAUGES]
     for name in [*scores, *GAUGES]:
         metrics[name] = mean_metric(main[name])

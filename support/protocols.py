@@ -117,6 +117,16 @@ PROTOCOLS = {
         about="full captions of the embedded set, drawn without replacement by the seed; judged by "
         "the set itself",
     ),
+    "world": Protocol(
+        samples=750,
+        size=64,
+        views={"whole": None},
+        resize="tensorflow",
+        prompts="captions",
+        about="150 prompts of each category in turn: one object, one on a named colour, two, two "
+        "in a relation, two that never occur together in training. A network reads what a sample "
+        "shows: right is just these objects, in the relation and on the colour that are named",
+    ),
     "emoji-classes": Protocol(
         samples=1000,
         size=16,

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 
 from support import embedded
 from support.cli import UserError
+from support.judges import OwnJudge
+from support.metrics import mean_metric
 
 FLAGS = {}
 EDGE_WEIGHT = 4.0  # edges are weaker than colours; times 4 both count alike
@@ -47,10 +49,10 @@ def layout(images):
     return 10 * cell_features(images, 4)
 
 
-class EmojiJudge:
+class EmojiJudge(OwnJudge):
     """For images of `size` pixels. With classes the prompts are their numbers, else words."""
 
-    about = {}
+    open_prompts = ("cat", "heart", "moon")
 
     def __init__(self, size=64, classes=None):
         self.captions = embedded.captions()
@@ -83,6 +85,23 @@ class EmojiJudge:
                 f"{right}"
             )
         return found
+
+    def prompts(self, count, seed):
+        """Captions, drawn without replacement."""
+        if count > len(self.captions):
+            raise UserError(f"--samples {count}: the set has {len(self.captions)} captions")
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(self.captions), generator=generator)[:count]
+        return [self.captions[i] for i in chosen]
+
+    def check(self, prompt):
+        self.accepted(prompt)
+
+    def kinds(self, prompt):
+        return len(self.accepted(prompt))
+
+    def metrics(self, right, prompts):
+        return {"alignment": mean_metric(right)}
 
     def real(self, prompts, seed):
         """Real images (N, 3, size, size) in [0, 1] of prompts, at random places and sizes; a full
@@ -118,7 +137,7 @@ class EmojiJudge:
         nearest = self.nearest(seen)
         pairs = zip(nearest.tolist(), prompts)
         right = torch.tensor([i in self.accepted(prompt) for i, prompt in pairs])
-        return {"nearest": torch.where(right, nearest, -1), "features layout": layout(seen)}
+        return {"kind": torch.where(right, nearest, -1), "features layout": layout(seen)}
 
 
 def make(args, setting):

@@ -1,0 +1,272 @@
+"""Make the teacher of the embedded world again.
+
+    python -m lab.make_world                             # hours on two cores
+    python -m lab.make_world --device cuda               # minutes
+
+Stable Diffusion in miniature, written as a diffusers pipeline in float16. An interrupted command
+goes on from --work. Its stages, each as its real counterpart is made:
+
+  autoencoder  AutoencoderTiny, 64x64x3 <-> 16x16x4. A term of the loss asks that latents have mean
+               0 and deviation 1. The decoder sees them with a little noise, which makes it forgive
+               the sampler's small errors.
+  text         CLIPTextModel, alone: the state of a name's last token tells what the object looks
+               like, and that of a colour its colour. Without it the next stages spend most of their
+               time on names.
+  objects      UNet2DConditionModel, v prediction, and the text encoder with it, on scenes of one
+               object.
+  scenes       the same on all scenes.
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import data
+import models
+from lab.make_teacher import average_of, make_tokenizer, save_state, train
+from support import cli, world
+from support.shards import as_sample
+
+LATENT_NOISE = 0.1  # deviation of the noise on the latents while the autoencoder trains
+LATENTS = 4
+TEXT_WIDTH = 192
+MAX_TOKENS = 12
+
+
+def options_of(length):
+    return dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+
+
+# ----------------------------------------------------------------------------- autoencoder
+
+
+def autoencoder_loss(generator, vae, args):
+    prompts = world.prompts(args.batch_size // 4, generator)
+    x = as_sample(world.scenes(prompts, generator)).to(args.device)  # (B, 3, 64, 64)
+    x = x.to(memory_format=torch.channels_last)
+    z = vae.encoder(x).float()  # (B, 4, 16, 16)
+    noisy = z + LATENT_NOISE * torch.randn(z.shape, generator=generator).to(z)
+    error = vae.decoder(noisy).float() - x
+    mean, variance = z.mean((0, 2, 3)), z.var((0, 2, 3))
+    spread = mean.square().mean() + (variance - 1).square().mean()
+    return error.abs().mean() + error.square().mean() + 0.01 * spread
+
+
+def make_autoencoder(args):
+    torch.manual_seed(args.seed)
+    vae = AutoencoderTiny(
+        latent_channels=LATENTS,
+        encoder_block_out_channels=(64, 64, 64),
+        decoder_block_out_channels=(64, 64, 64),
+        num_encoder_blocks=(1, 1, 3),
+        num_decoder_blocks=(3, 1, 1),
+    )
+    vae.to(args.device, memory_format=torch.channels_last)
+    loss_of = functools.partial(autoencoder_loss, vae=vae, args=args)
+    train("autoencoder", args.autoencoder_iterations, {"vae": vae}, loss_of, args)
+    return vae.eval()
+
+
+@torch.no_grad()
+def make_latents(vae, args):
+    """Prompts of args.scenes scenes, and their latents (N, 4, 16, 16)."""
+    generator = torch.Generator().manual_seed(args.seed + 3)
+    prompts = world.prompts(args.scenes, generator)
+    path = Path(args.work) / "latents.pt"
+    if not path.exists():
+        latents = []
+        for start in tqdm(range(0, args.scenes, 64), desc="latents"):
+            x = as_sample(world.scenes(prompts[start : start + 64], generator)).to(args.device)
+            x = x.to(memory_format=torch.channels_last)
+            with models.compute_in(getattr(torch, args.dtype), x):
+                latents.append(vae.encoder(x).half().cpu())
+        save_state(path, latents=torch.cat(latents))
+    return prompts, torch.load(path, weights_only=True)["latents"]
+
+
+# ----------------------------------------------------------------------------- text
+
+
+def appearances():
+    """What words look like, (300 + 10, 16 x 16 x 4): objects with alpha, and plain colours."""
+    seen = []
+    for i in range(world.OBJECTS):
+        picture = world.object_of_edge(i, 16).convert("RGBa")
+        seen.append(torch.tensor(picture.get_flattened_data()).flatten())
+    for colour in world.COLOURS.values():
+        seen.append(torch.tensor([(*colour, 255)] * 256).flatten())
+    seen = torch.stack(seen) / 127.5 - 1
+    return seen - seen.mean(0)
+
+
+def text_loss(generator, text_encoder, head, tokenizer, seen, args):
+    """Mean square error of the appearances that the states of names and colours tell."""
+    prompts = world.prompts(args.batch_size, generator)
+    tokens = tokenizer([str(prompt) for prompt in prompts], **options_of(MAX_TOKENS)).input_ids
+    rows, columns, targets = [], [], []
+    for row, prompt in enumerate(prompts):
+        ends, words = [], str(prompt)
+        for i in prompt.objects:
+            ends.append((len(world.names()[i].split()), i))
+        column = ends[0][0]
+        rows.append(row), columns.append(column), targets.append(ends[0][1])
+        if prompt.relation:
+            column += len(prompt.relation.split()) + ends[1][0]
+            rows.append(row), columns.append(column), targets.append(ends[1][1])
+        if prompt.colour:
+            column += 2
+            colour = world.OBJECTS + list(world.COLOURS).index(prompt.colour)
+            rows.append(row), columns.append(column), targets.append(colour)
+        assert len(words.split()) == column
+    states = text_encoder(tokens.to(args.device)).last_hidden_state  # (B, tokens, 192)
+    return F.mse_loss(head(states[rows, columns]), seen[targets])
+
+
+def make_text_encoder(tokenizer, args):
+    torch.manual_seed(args.seed + 1)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    text_encoder = CLIPTextModel(config).to(args.device)
+    seen = appearances().to(args.device)
+    head = torch.nn.Linear(TEXT_WIDTH, seen.shape[1]).to(args.device)
+    loss_of = functools.partial(
+        text_loss,
+        text_encoder=text_encoder,
+        head=head,
+        tokenizer=tokenizer,
+        seen=seen,
+        args=args,
+    )
+    modules = {"text_encoder": text_encoder, "head": head}
+    train("text", args.text_iterations, modules, loss_of, args)
+    return text_encoder
+
+
+# ----------------------------------------------------------------------------- denoiser
+
+
+def make_unet(args):
+    torch.manual_seed(args.seed + 2)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=LATENTS,
+        out_channels=LATENTS,
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4, 6),  # the number of heads, in this class
+        cross_attention_dim=TEXT_WIDTH,
+    )
+    return unet.to(args.device)
+
+
+def denoiser_loss(generator, networks, schedule, prompts, latents, tokenizer, args):
+    index = torch.randint(len(latents), (args.batch_size,), generator=generator)
+    t = torch.randint(len(schedule), (args.batch_size,), generator=generator)
+    u = torch.rand(args.batch_size, 3, generator=generator).tolist()
+    x0 = latents[index].float()  # (B, 4, 16, 16)
+    eps = torch.randn(x0.shape, generator=generator)
+    x_t = schedule.add_noise(x0, eps, t)
+    alpha, sigma = schedule.alpha[t].view(-1, 1, 1, 1), schedule.sigma[t].view(-1, 1, 1, 1)
+    v = alpha * eps - sigma * x0
+    texts = [world.shorten(prompts[i], u_i) for i, u_i in zip(index.tolist(), u)]
+    tokens = tokenizer(texts, **options_of(MAX_TOKENS)).input_ids
+    text = networks["text_encoder"](tokens.to(args.device)).last_hidden_state  # (B, tokens, 192)
+    x_t, t = x_t.to(args.device), t.to(args.device)
+    output = networks["unet"](x_t, t, text, return_dict=False)[0].float()
+    return F.mse_loss(output, v.to(args.device))
+
+
+def make_scheduler():
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.02,
+        clip_sample=False,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+
+
+def make_denoiser(vae, text_encoder, tokenizer, args):
+    schedule = models.vp_schedule(make_scheduler().alphas_cumprod)
+    networks = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": make_unet(args)})
+    average = average_of(networks)
+    prompts, latents = make_latents(vae, args)
+    single = [i for i, prompt in enumerate(prompts) if len(prompt.objects) == 1]
+    stages = (("objects", single, args.object_iterations), ("scenes", None, args.scene_iterations))
+    for stage, chosen, iterations in stages:
+        loss_of = functools.partial(
+            denoiser_loss,
+            networks=networks,
+            schedule=schedule,
+            prompts=prompts if chosen is None else [prompts[i] for i in chosen],
+            latents=latents if chosen is None else latents[chosen],
+            tokenizer=tokenizer,
+            args=args,
+        )
+        train(stage, iterations, networks, loss_of, args, average, decays=stage == "scenes")
+    return average.module["text_encoder"].eval(), average.module["unet"].eval()
+
+
+# ----------------------------------------------------------------------------- the whole
+
+
+def texts():
+    """Every word of the world's prompts."""
+    return [*world.names(), *world.RELATIONS, *(f"on {colour}" for colour in world.COLOURS)]
+
+
+def main(arguments=None):
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--out", default=data.EMBEDDED["world"], metavar="DIR")
+    add("--work", default="runs/world", metavar="DIR", help="where the state of a stage is kept")
+    add("--autoencoder-iterations", type=cli.positive, default=5000)
+    add("--text-iterations", type=cli.positive, default=3000)
+    add("--object-iterations", type=cli.positive, default=3000)
+    add("--scene-iterations", type=cli.positive, default=36000)
+    add("--batch-size", type=cli.positive, default=32, help="the autoencoder's is a quarter of it")
+    add("--scenes", type=cli.positive, default=60_000, help="whose latents are made once")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of matrix products")
+    add("--seed", type=cli.natural, default=0)
+    args = parser.parse_args(arguments)
+    Path(args.work).mkdir(parents=True, exist_ok=True)
+    vae = make_autoencoder(args)
+    tokenizer = make_tokenizer(texts(), Path(args.work) / "tokenizer", MAX_TOKENS)
+    text_encoder = make_text_encoder(tokenizer, args)
+    text_encoder, unet = make_denoiser(vae, text_encoder, tokenizer, args)
+    pipe = StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(args.out)
+    print(f"{args.out}. Measure it: python eval.py --teacher-only --model world")
+
+
+if __name__ == "__main__":
+    cli.run(main)
