@@ -25,7 +25,7 @@ import torch
 import fsdp
 import models
 from models import ASSETS
-from support import embedded, images, shards
+from support import embedded, images, shards, world
 from support.cli import UserError
 from support.lmdb_data import Lmdb
 from support.prompt_files import read_prompts
@@ -38,11 +38,16 @@ EMBEDDED = {
     "emoji-classes": ASSETS / "emoji_classes",
     "world": ASSETS / "world_teacher",
 }
+WORLD_PROMPTS = 20_000  # that students of the embedded world are trained on
 
 
 def model_path(name):
     """What --model names: an embedded teacher, or a path or hub id as it is."""
     return str(EMBEDDED.get(name or "emoji", name))
+
+
+def is_embedded(model, name):
+    return Path(model.name).resolve() == EMBEDDED[name]
 
 
 # ----------------------------------------------------------------------------- random numbers
@@ -141,29 +146,70 @@ def training_prompts(path, model):
         return Prompts(prompts)
     if model.prompts:
         return Prompts(model.prompts)
+    if is_embedded(model, "world"):
+        drawn = world.prompts(WORLD_PROMPTS, torch.Generator().manual_seed(0))
+        return Prompts([str(prompt) for prompt in drawn])
     return Prompts(embedded.captions(), vary=True)
 
 
 # ----------------------------------------------------------------------------- the embedded set
 
 
-class EmbeddedImages:
+class Encoded:
+    """Latents of images, each computed when it is first drawn and then kept, since the encoder is
+    what costs time."""
+
+    def __init__(self, model, count):
+        need_encoder(model)
+        self.model = model
+        self.digests = []  # its files belong to the repository
+        self.known = torch.zeros(count, dtype=torch.bool)
+        self.x = torch.zeros(count, *model.sample_shape, device=model.device)
+
+    def latents(self, index):
+        """(B, C, h, w) of index (B,)."""
+        for i in index[~self.known[index]].tolist():  # alone, so that rounding is the same
+            image = self.image(i, torch.Generator().manual_seed(mix_seed(i, 0)))
+            with models.compute_in(self.model.dtype, image):
+                self.x[i] = self.model.encode_images(image)[0]
+            self.known[i] = True
+        return self.x[index]
+
+
+class Scenes(Encoded):
+    """Scenes of the embedded world."""
+
+    count = 2048
+
+    def __init__(self, model):
+        super().__init__(model, self.count)
+        self.captions = world.prompts(self.count, torch.Generator().manual_seed(1))
+
+    def image(self, i, generator):
+        return as_sample(world.scenes([self.captions[i]], generator))
+
+    def draw(self, draws):
+        """Latents (B, C, h, w) and B prompts."""
+        index = draws.integers(0, self.count).cpu()
+        return self.latents(index), [str(self.captions[i]) for i in index.tolist()]
+
+
+class EmbeddedImages(Encoded):
     """The embedded set as its teachers learnt it: at random places and sizes.
 
-    Each image has some views. A view's latent is computed when it is first drawn and then kept,
-    since the encoder is what costs time. groups: lists of indices; a draw chooses a group, then one
-    of its images.
+    Each image has some views. groups: lists of indices; a draw chooses a group, then one of its
+    images.
     """
 
     def __init__(self, model, groups, views, width=1.0):
-        need_encoder(model)
-        self.model, self.groups, self.views, self.width = model, groups, views, width
+        self.groups, self.views, self.width = groups, views, width
         self.images = embedded.images(2 * model.image_size)
+        super().__init__(model, len(self.images) * views)
         self.count = sum(map(len, groups)) * views
-        self.digests = []  # its files belong to the repository
-        self.known = torch.zeros(len(self.images) * views, dtype=torch.bool)
-        self.x = torch.zeros(len(self.known), *model.sample_shape, device=model.device)
         self.captions = Prompts(embedded.captions(), vary=True)
+
+    def image(self, i, generator):
+        return embedded.shift_and_scale(self.images[i // self.views, None], generator, self.width)
 
     def view(self, u):
         """One view's index from a number in [0, 1)."""
@@ -175,14 +221,7 @@ class EmbeddedImages:
     def draw(self, draws):
         """Latents (B, C, h, w) and B prompts."""
         view = torch.tensor([self.view(u) for u in draws.uniform().tolist()])
-        for i in view[~self.known[view]].tolist():  # one at a time, so that rounding is the same
-            image = self.images[i // self.views, None]
-            generator = torch.Generator().manual_seed(mix_seed(i, 0))
-            moved = embedded.shift_and_scale(image, generator, self.width)
-            with models.compute_in(self.model.dtype, moved):
-                self.x[i] = self.model.encode_images(moved)[0]
-            self.known[i] = True
-        return self.x[view], self.prompts((view // self.views).tolist(), draws)
+        return self.latents(view), self.prompts((view // self.views).tolist(), draws)
 
     def prompts(self, index, draws):
         return self.captions.pick(index, draws)
@@ -228,10 +267,11 @@ def own_real_data(model):
     own = model.own_real_data()
     if own is not None:
         return own
-    place = Path(model.name).resolve()
-    if place == EMBEDDED["emoji"]:
+    if is_embedded(model, "world"):
+        return Scenes(model)
+    if is_embedded(model, "emoji"):
         return EmbeddedImages(model, [range(len(embedded.captions()))], views=4)
-    if place == EMBEDDED["emoji-classes"]:
+    if is_embedded(model, "emoji-classes"):
         return EmbeddedClasses(model)
     raise UserError(
         f"--gan-weight and --student-input data need real data, of which there is none for "

@@ -15,11 +15,14 @@ What is measured depends on the model, or on --protocol (support/protocols.py):
 
   alignment    (embedded set) share of samples whose nearest image of the set is right: it carries
                all words of the prompt, or is of the class (support/judges/emoji.py)
+  single, colour, two, position, unseen    (world) share of samples that show just the objects of
+               the prompt, on its colour and in its relation (support/judges/world.py)
   coverage     (embedded set) distinct right images among 32 samples of a prompt, as a share of
                those that exist; mean over the words cat, heart, moon, or over the classes, three
-               times
+               times. World: distinct colours and places, of 44
   frechet      (embedded set) Frechet distance of Gaussians fitted to samples and to the set, on 80
-               features. Few samples raise it; the row of real images shows what is left at best
+               features (world: 160 of the judge). Few samples raise it; the row of real images
+               shows what is left at best
   fid, patch fid    the same of 2,048 Inception features, against --reference. 1706.08500
   kid, is, precision, recall    by torch-fidelity: 1801.01401, 1606.03498, 1904.06991 (3
                                 neighbours);

@@ -36,10 +36,7 @@ LATENT_NOISE = 0.1  # deviation of the noise on the latents while the autoencode
 LATENTS = 4
 TEXT_WIDTH = 192
 MAX_TOKENS = 12
-
-
-def options_of(length):
-    return dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+TOKENS = dict(padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
 
 
 # ----------------------------------------------------------------------------- autoencoder
@@ -104,27 +101,28 @@ def appearances():
     return seen - seen.mean(0)
 
 
+def named(prompt):
+    """[(place of the last token, number), ...] of the objects and the colour that a prompt names.
+    Every word is a token, and one stands before the first."""
+    places, end = [], 0
+    for i in prompt.objects:
+        if places:
+            end += len(prompt.relation.split())
+        end += len(world.names()[i].split())
+        places.append((end, i))
+    if prompt.colour:
+        places.append((end + 2, world.OBJECTS + list(world.COLOURS).index(prompt.colour)))
+    return places
+
+
 def text_loss(generator, text_encoder, head, tokenizer, seen, args):
     """Mean square error of the appearances that the states of names and colours tell."""
     prompts = world.prompts(args.batch_size, generator)
-    tokens = tokenizer([str(prompt) for prompt in prompts], **options_of(MAX_TOKENS)).input_ids
-    rows, columns, targets = [], [], []
-    for row, prompt in enumerate(prompts):
-        ends, words = [], str(prompt)
-        for i in prompt.objects:
-            ends.append((len(world.names()[i].split()), i))
-        column = ends[0][0]
-        rows.append(row), columns.append(column), targets.append(ends[0][1])
-        if prompt.relation:
-            column += len(prompt.relation.split()) + ends[1][0]
-            rows.append(row), columns.append(column), targets.append(ends[1][1])
-        if prompt.colour:
-            column += 2
-            colour = world.OBJECTS + list(world.COLOURS).index(prompt.colour)
-            rows.append(row), columns.append(column), targets.append(colour)
-        assert len(words.split()) == column
+    tokens = tokenizer([str(prompt) for prompt in prompts], **TOKENS).input_ids
+    found = [(row, *place) for row, prompt in enumerate(prompts) for place in named(prompt)]
+    rows, columns, numbers = torch.tensor(found).T.to(args.device)
     states = text_encoder(tokens.to(args.device)).last_hidden_state  # (B, tokens, 192)
-    return F.mse_loss(head(states[rows, columns]), seen[targets])
+    return F.mse_loss(head(states[rows, columns]), seen[numbers])
 
 
 def make_text_encoder(tokenizer, args):
@@ -185,7 +183,7 @@ def denoiser_loss(generator, networks, schedule, prompts, latents, tokenizer, ar
     alpha, sigma = schedule.alpha[t].view(-1, 1, 1, 1), schedule.sigma[t].view(-1, 1, 1, 1)
     v = alpha * eps - sigma * x0
     texts = [world.shorten(prompts[i], u_i) for i, u_i in zip(index.tolist(), u)]
-    tokens = tokenizer(texts, **options_of(MAX_TOKENS)).input_ids
+    tokens = tokenizer(texts, **TOKENS).input_ids
     text = networks["text_encoder"](tokens.to(args.device)).last_hidden_state  # (B, tokens, 192)
     x_t, t = x_t.to(args.device), t.to(args.device)
     output = networks["unet"](x_t, t, text, return_dict=False)[0].float()

@@ -179,7 +179,7 @@ def test_a_frechet_difference_of_rows_from_the_same_noise_is_paired():
 
 def test_coverage_counts_distinct_right_images():
     class Judge:
-        accepted = staticmethod(lambda prompt: [0, 1, 2, 3])
+        kinds = staticmethod(lambda prompt: 4)
 
     nearest = torch.tensor([0, 0, -1, 1, 1, 1, 0, 2, 3])  # three repetitions of three
     assert metrics.coverage_metric(nearest, ["a"] * 9, Judge)["coverage"].value == pytest.approx(
