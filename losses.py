@@ -164,6 +164,16 @@ def gan_critic_loss(logit_real, logit_fake):
     return F.softplus(logit_fake) + F.softplus(-logit_real)
 
 
+def r1_penalty(logit_real, logit_near):
+    """(logit_real - logit_near)^2, a critic's change between real data and data a little beside it,
+    which keeps it from growing steep. R1 (1801.04406) without second derivatives: 2501.08316.
+
+    (B,), (B,) -> (B,). Raises ValueError if the shapes differ.
+    """
+    check_same_shape(logit_real=logit_real, logit_near=logit_near)
+    return (logit_real - logit_near).square()
+
+
 # ----------------------------------------------------------------------------- other terms
 
 

@@ -284,9 +284,9 @@ def checkpoint_activations(denoiser, sample_shape):
     denoiser.network.enable_gradient_checkpointing(recompute)
 
 
-def join(cond, other):
-    """Two conditions as one, along the batch."""
-    return {name: torch.cat([cond[name], other[name]]) for name in cond}
+def join(*conds):
+    """Conditions as one, along the batch."""
+    return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
 
 
 def take(batch, index):

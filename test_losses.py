@@ -390,6 +390,15 @@ def test_gan_losses_are_binary_cross_entropy():
     torch.testing.assert_close(losses.gan_student_loss(fake).mean(), entropy(fake, torch.ones(9)))
 
 
+def test_r1_penalty_is_the_square_of_a_critic_s_gradient():
+    """Of a linear critic, over many small steps aside."""
+    generator = torch.Generator().manual_seed(0)
+    slope = torch.randn(6, generator=generator)
+    x, eps = torch.randn(2, 100_000, 6, generator=generator)
+    penalty = losses.r1_penalty(x @ slope, (x + 0.1 * eps) @ slope)
+    torch.testing.assert_close(penalty.mean() / 0.1**2, slope.square().sum(), rtol=0.02, atol=0)
+
+
 def test_mean_variance_loss_is_the_kl_between_gaussians():
     x = 2 + 3 * torch.randn(
         5, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64

@@ -57,6 +57,8 @@ SCHEDULES = {
     "hybrid": ("all", "cleaner"),  # Decoupled DMD
 }
 
+R1_DISTANCE = 0.1  # of the data beside real data, in their own units. FastGen's
+
 
 # ----------------------------------------------------------------------------- one batch
 
@@ -85,7 +87,8 @@ class Batch:
     cond: dict  # of the student's samples
     t_in: torch.Tensor  # (B,) the student's input timestep
     x_in: torch.Tensor | None = None  # (B, C, H, W) the student's input
-    noise: torch.Tensor | None = None  # (B, steps, C, H, W) of its sampler up to that timestep
+    path: torch.Tensor | None = None  # (B, steps) its sampler's timesteps up to that one, alike
+    noise: torch.Tensor | None = None  # (B, steps, C, H, W) of its sampler
     # For the student's step: timesteps and noise of DM and CA; pairs for the regression.
     t_dm: torch.Tensor | None = None
     t_ca: torch.Tensor | None = None
@@ -99,6 +102,7 @@ class Batch:
     eps_fake: torch.Tensor | None = None
     x_real: torch.Tensor | None = None
     eps_real: torch.Tensor | None = None
+    eps_near: torch.Tensor | None = None
     cond_real: dict | None = None
     # Made of the above.
     x: torch.Tensor | None = None  # (B, C, H, W) the student's sample
@@ -137,6 +141,14 @@ def draw_levels(schedule, noise_levels, t_in, T, draws, renoise_shift=1.0):
     return t_dm, t_ca
 
 
+def draw_timesteps(first, most, T, draws):
+    """The student's timesteps of one iteration, up to `most` of them: the first, and any others
+    from .25 T to .95 T. 2605.06376, values of its released code."""
+    count = draws.below(most)
+    others = [int(0.25 * T) + draws.below(int(0.7 * T)) for _ in range(count)]
+    return [first, *sorted(set(others), reverse=True)]
+
+
 def draw_batch(nets, sources, iteration, args):
     """All random numbers, prompts and data of an iteration, for this rank's samples."""
     model, schedule, T = nets.model, nets.schedule, len(nets.schedule)
@@ -145,18 +157,22 @@ def draw_batch(nets, sources, iteration, args):
     shape = model.sample_shape
 
     # What the student is given.
-    step = draws.below(len(nets.timesteps))  # one for the whole batch
+    timesteps = nets.timesteps
+    if args.random_steps:
+        timesteps = draw_timesteps(timesteps[0], args.random_steps, T, draws)
+    step = draws.below(len(timesteps))  # one for the whole batch
     if args.student_input == "backward":  # backward simulation: the student's own earlier steps
         cond = model.encode(sources.prompts.draw(draws))
-        t_in = torch.full((len(draws),), nets.timesteps[step], device=model.device)
-        batch = Batch(cond, t_in, noise=draws.normal(step + 1, *shape))
+        path = torch.tensor(timesteps[: step + 1]).expand(len(draws), -1)
+        t_in = path[:, -1].to(model.device)
+        batch = Batch(cond, t_in, path=path, noise=draws.normal(step + 1, *shape))
     else:  # noised real data, the step drawn per sample; at the first step pure noise
         x_real, prompts = sources.real.draw(draws)
-        steps = draws.integers(0, len(nets.timesteps))
-        t_in = torch.tensor(nets.timesteps, device=model.device)[steps]
+        steps = draws.integers(0, len(timesteps))
+        t_in = torch.tensor(timesteps, device=model.device)[steps]
         eps = draws.normal(*shape)
         x_in = schedule.add_noise(x_real, eps, t_in)
-        first = (t_in == nets.timesteps[0]).view(-1, 1, 1, 1)
+        first = (t_in == timesteps[0]).view(-1, 1, 1, 1)
         x_in = torch.where(first, schedule.noise_scale * eps, x_in)
         batch = Batch(model.encode(prompts), t_in, x_in=x_in)
 
@@ -179,6 +195,8 @@ def draw_batch(nets, sources, iteration, args):
         batch.x_real, prompts = sources.real.draw(draws)
         batch.eps_real = draws.normal(*shape)
         batch.cond_real = model.encode(prompts)
+        if args.r1_weight > 0:
+            batch.eps_near = draws.normal(*shape)
     return batch
 
 
@@ -207,9 +225,8 @@ def iterate(nets, batch, iteration, args):
     keep_graph = student_turn and len(parts) == 1  # of several parts student_step makes it anew
     for part in parts:
         if part.x_in is None:
-            timesteps = nets.timesteps[: part.noise.shape[1]]
             noise = part.noise.transpose(0, 1)  # (steps, B, C, H, W)
-            part.x_in = models.last_input(nets.student, noise, part.cond, timesteps)
+            part.x_in = models.last_input(nets.student, noise, part.cond, part.path[0].tolist())
         with torch.set_grad_enabled(keep_graph):
             part.x = nets.student(part.x_in, part.t_in, part.cond)  # (B, C, H, W)
     metrics = student_step(nets, parts, args) if student_turn else {}
@@ -371,10 +388,15 @@ def fake_score_step(nets, parts, args):
         x_t = nets.schedule.add_noise(x, part.eps_fake, part.t_fake)
         if args.gan_weight > 0:  # samples and real data in one pass; x0 is of the samples only
             x_t_real = nets.schedule.add_noise(part.x_real, part.eps_real, part.t_fake)
-            both = (torch.cat([x_t, x_t_real]), torch.cat([part.t_fake, part.t_fake]))
-            cond = models.join(part.cond, part.cond_real)
-            x0_fake, logits = nets.fake_score(*both, cond, count=len(x))  # (B, C, H, W), (2 B,)
-            logit_fake, logit_real = logits.chunk(2)
+            inputs, conds = [x_t, x_t_real], [part.cond, part.cond_real]
+            if args.r1_weight > 0:  # and real data a little beside it
+                x_near = part.x_real + R1_DISTANCE * part.eps_near
+                inputs.append(nets.schedule.add_noise(x_near, part.eps_real, part.t_fake))
+                conds.append(part.cond_real)
+            t = part.t_fake.repeat(len(inputs))
+            cond = models.join(*conds)
+            x0_fake, logits = nets.fake_score(torch.cat(inputs), t, cond, count=len(x))
+            logit_fake, logit_real, *logit_near = logits.split(len(x))  # (B,) each
         else:
             x0_fake, _ = nets.fake_score(x_t, part.t_fake, part.cond)  # (B, C, H, W)
         alpha, sigma = nets.schedule.at(part.t_fake, x)
@@ -384,6 +406,9 @@ def fake_score_step(nets, parts, args):
         if args.gan_weight > 0:
             loss = loss + args.critic_weight * losses.gan_critic_loss(logit_real, logit_fake)
             correct += [logit_real.detach() > 0, logit_fake.detach() < 0]
+            if logit_near:
+                penalty = losses.r1_penalty(logit_real, *logit_near)
+                loss = loss + args.critic_weight * args.r1_weight * penalty
         (loss.sum() / batch_size).backward()
 
     metrics = {"fake_loss": torch.cat(fake_loss).mean()}

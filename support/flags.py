@@ -158,6 +158,14 @@ def add_method_flags(group):
         help="reverse-kl, or with the GAN softened-reverse-kl, js, hellinger, forward-kl, jeffreys",
     )
     add(
+        "--random-steps",
+        type=cli.natural,
+        default=0,
+        metavar="MOST",
+        help="train the student at timesteps that are drawn anew in each iteration, up to so many "
+        "of them; 0: at those it draws with",
+    )
+    add(
         "--ida",
         type=cli.share,
         default=1.0,
@@ -171,6 +179,13 @@ def add_method_flags(group):
         type=cli.positive_number,
         default=1e-2,
         help="of the critic's loss beside the denoising loss",
+    )
+    add(
+        "--r1-weight",
+        type=cli.weight,
+        default=0.0,
+        help="of the critic's change beside real data, in units of its loss; FastGen has 100 to "
+        "1000",
     )
     add("--regression-weight", type=cli.weight, default=0.0)
     add("--regression", choices=("mse", "lpips"), default="mse")

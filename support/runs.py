@@ -76,6 +76,13 @@ def check_arguments(args):
             "--ida mixes student and fake score: both are whole, or LoRAs of one rank (--lora, "
             "--fake-lora)"
         )
+    if args.random_steps and args.student_input == "data":
+        raise UserError(
+            "--random-steps draws the timesteps of the student's own sampler: it needs "
+            "--student-input backward"
+        )
+    if args.r1_weight > 0 and args.gan_weight == 0:
+        raise UserError("--r1-weight is of the GAN's critic: it needs a --gan-weight above 0")
     if args.divergence != "reverse-kl" and args.gan_weight == 0:
         raise UserError(
             f"--divergence {args.divergence} reads the density ratio off the GAN's head: it needs "

@@ -14,6 +14,7 @@ import models
 import train
 from lab import plane
 from support.ahead import Ahead
+from support.cli import UserError
 
 BASE = [f"@{plane.RECIPE}", "--batch-size", "4", "--student-steps", "4", "--guidance", "1.5"]
 
@@ -54,6 +55,8 @@ CASES = {
     "f-distill": "--variant fdistill --gan-weight 0.1",
     "decoupled": "--variant decoupled",
     "mean-variance": "--mean-variance-weight 1",
+    "random steps": "--random-steps 6 --seed 2",
+    "R1": "--gan-weight 1 --r1-weight 50",
 }
 
 
@@ -69,14 +72,16 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(case, size, monkeyp
             torch.testing.assert_close(b[name], a[name], atol=1e-5 * largest, rtol=0)
 
 
+@pytest.mark.parametrize("steps", ["", "--random-steps 6 --seed 2"])
 @pytest.mark.parametrize("schedule", ["coupled", "full", "constrained", "hybrid"])
-def test_the_student_follows_dm_and_ca(schedule, monkeypatch):
+def test_the_student_follows_dm_and_ca(schedule, steps, monkeypatch):
     """The gradient, written down anew from the papers' formulas and the same batch."""
     flags = ["--variant", "decoupled", "--schedule", schedule, "--normaliser", "conditional"]
+    flags += steps.split()
     found, _ = gradients(monkeypatch, *flags)
     nets, sources, args = setup(*flags)
     batch = train.draw_batch(nets, sources, 0, args)
-    timesteps = nets.timesteps[: batch.noise.shape[1]]
+    timesteps = batch.path[0].tolist()
     x_in = models.last_input(nets.student, batch.noise.transpose(0, 1), batch.cond, timesteps)
     x = nets.student(x_in, batch.t_in, batch.cond)
     total = 0
@@ -101,7 +106,7 @@ def test_the_student_follows_dm_and_ca(schedule, monkeypatch):
 def test_each_step_moves_its_own_network_alone():
     nets, sources, args = setup("--gan-weight", "1", "--warmup", "0")
     (part,) = train.draw_batch(nets, sources, 0, args).split(None)
-    noise, timesteps = part.noise.transpose(0, 1), nets.timesteps[: part.noise.shape[1]]
+    noise, timesteps = part.noise.transpose(0, 1), part.path[0].tolist()
     part.x_in = models.last_input(nets.student, noise, part.cond, timesteps)
     part.x = nets.student(part.x_in, part.t_in, part.cond)
     train.set_learning_rates(nets, 0, args)
@@ -142,6 +147,54 @@ def test_noised_real_data_as_input_is_noise_at_the_first_step_and_drawn_per_samp
     assert torch.equal(batch.x_in[first], eps[first])
     noised = nets.schedule.add_noise(x_real, eps, batch.t_in)
     assert torch.equal(batch.x_in[~first], noised[~first])
+
+
+def test_random_timesteps_are_those_of_the_noise_and_of_the_input():
+    nets, sources, args = setup("--random-steps", "6")
+    seen, counts = set(), set()
+    for iteration in range(200):
+        draws = data.Draws(args.seed, iteration, 4)
+        timesteps = train.draw_timesteps(999, 6, 1000, draws)
+        batch = train.draw_batch(nets, sources, iteration, args)
+        steps = batch.path.shape[1]
+        assert batch.path.tolist() == [timesteps[:steps]] * 4
+        assert batch.t_in.tolist() == [timesteps[steps - 1]] * 4 and batch.noise.shape[1] == steps
+        assert timesteps == sorted(timesteps, reverse=True) and timesteps[0] == 999
+        seen |= set(timesteps[1:])
+        counts.add(len(timesteps))
+    assert counts == {1, 2, 3, 4, 5, 6}
+    assert 250 <= min(seen) < 280 and 920 < max(seen) < 950
+
+
+def test_r1_adds_the_gradient_of_the_critic_s_change_beside_real_data(monkeypatch):
+    flags = ["--gan-weight", "1", "--clip", "1e9"]
+    without, with_r1 = (
+        gradients(monkeypatch, *flags, "--r1-weight", weight)[1] for weight in ("0", "50")
+    )
+    nets, sources, args = setup(*flags, "--r1-weight", "50")
+    batch = train.draw_batch(nets, sources, 0, args)
+    logits = []
+    for x in (batch.x_real, batch.x_real + 0.1 * batch.eps_near):
+        x_t = nets.schedule.add_noise(x, batch.eps_real, batch.t_fake)
+        logits.append(nets.fake_score(x_t, batch.t_fake, batch.cond_real)[1])
+    (50 * args.critic_weight * (logits[0] - logits[1]).square().mean()).backward()
+    largest = max(gradient.abs().max() for gradient in with_r1.values())
+    for name, p in nets.fake_score.named_parameters():
+        if p.grad is not None:
+            added = with_r1[name] - without[name]
+            torch.testing.assert_close(added, p.grad, atol=1e-5 * largest, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--random-steps 4 --student-input data", "--random-steps draws the timesteps"),
+        ("--r1-weight 1 --gan-weight 0", "--r1-weight is of the GAN's critic"),
+    ],
+)
+def test_switches_that_do_not_go_together_are_one_line(flags, says):
+    with pytest.raises(UserError, match=says):
+        setup(*flags.split())
 
 
 @pytest.mark.parametrize("levels, low, high", [((0.02, 0.98), 20, 980), ((0.0, 1.0), 0, 999)])
