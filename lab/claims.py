@@ -282,6 +282,37 @@ CLAIMS = (
         ),
     ),
     Claim(
+        number=17,
+        title="IDA: a fake score that is pulled towards the student keeps K = 1 stable",
+        paper="2506.00523: with it alone DMD converges on SD3.5",
+        arms={"K = 1": K1, "K = 1 + IDA": f"{K1} --ida 0.97", "K = 5": K5},
+        metrics=("kl", "sliced", "modes", "mass"),
+        expected=(
+            "kl: K = 1 + IDA < K = 1",
+            "mass: K = 1 + IDA < K = 1",
+            "kl: K = 1 + IDA < untrained",
+        ),
+    ),
+    Claim(
+        number=18,
+        title="A student that is trained at random timesteps is better at its four",
+        paper="2605.06376: CDM, its first half",
+        arms={
+            "its four": f"{FOUR} coupled",
+            "up to 8 random": f"{FOUR} coupled --random-steps 8",
+        },
+        metrics=("kl", "sliced", "near", "modes"),
+        expected=("kl: up to 8 random < its four", "kl: up to 8 random < untrained"),
+    ),
+    Claim(
+        number=19,
+        title="R1 on the critic makes the GAN steadier",
+        paper="2501.08316: without it training collapses",
+        arms={"GAN": GAN, "GAN + R1": f"{GAN} --r1-weight 100"},
+        metrics=("sliced_data", "kl_data", "near", "modes"),
+        expected=("sliced_data: GAN + R1 < GAN", "kl_data: GAN + R1 < GAN"),
+    ),
+    Claim(
         number=1,
         title=TTUR,
         paper="2405.14867: ImageNet FID 3.48 -> 2.61",

@@ -203,14 +203,14 @@ def make_scheduler():
     )
 
 
-def make_denoiser(vae, text_encoder, tokenizer, args):
+def make_denoiser(vae, text_encoder, unet, tokenizer, args):
     schedule = models.vp_schedule(make_scheduler().alphas_cumprod)
-    networks = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": make_unet(args)})
+    networks = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
     average = average_of(networks)
     prompts, latents = make_latents(vae, args)
     single = [i for i, prompt in enumerate(prompts) if len(prompt.objects) == 1]
-    stages = (("objects", single, args.object_iterations), ("scenes", None, args.scene_iterations))
-    for stage, chosen, iterations in stages:
+    stages = [("objects", single, args.object_iterations), ("scenes", None, args.scene_iterations)]
+    for stage, chosen, iterations in stages[1:] if args.init else stages:
         loss_of = functools.partial(
             denoiser_loss,
             networks=networks,
@@ -236,6 +236,7 @@ def main(arguments=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--out", default=data.EMBEDDED["world"], metavar="DIR")
+    add("--init", metavar="DIR", help="go on from this pipeline, with the stage of all scenes")
     add("--work", default="runs/world", metavar="DIR", help="where the state of a stage is kept")
     add("--autoencoder-iterations", type=cli.positive, default=5000)
     add("--text-iterations", type=cli.positive, default=3000)
@@ -248,10 +249,17 @@ def main(arguments=None):
     add("--seed", type=cli.natural, default=0)
     args = parser.parse_args(arguments)
     Path(args.work).mkdir(parents=True, exist_ok=True)
-    vae = make_autoencoder(args)
-    tokenizer = make_tokenizer(texts(), Path(args.work) / "tokenizer", MAX_TOKENS)
-    text_encoder = make_text_encoder(tokenizer, args)
-    text_encoder, unet = make_denoiser(vae, text_encoder, tokenizer, args)
+    if args.init:
+        begun = StableDiffusionPipeline.from_pretrained(args.init, dtype=torch.float32)
+        begun.to(args.device)
+        vae, tokenizer, text_encoder, unet = (
+            begun.components[name] for name in ("vae", "tokenizer", "text_encoder", "unet")
+        )
+    else:
+        vae = make_autoencoder(args)
+        tokenizer = make_tokenizer(texts(), Path(args.work) / "tokenizer", MAX_TOKENS)
+        text_encoder, unet = make_text_encoder(tokenizer, args), make_unet(args)
+    text_encoder, unet = make_denoiser(vae, text_encoder, unet, tokenizer, args)
     pipe = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=text_encoder.half(),

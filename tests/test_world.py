@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 import data
 import eval as evaluation
@@ -185,6 +186,15 @@ def test_the_maker_of_the_teacher_resumes_and_writes_what_loads(tmp_path, monkey
     capsys.readouterr()
     make_world.main(flags)
     assert "2/2" in capsys.readouterr().err  # every stage was there
+    more = ["--init", str(tmp_path / "teacher"), "--work", str(tmp_path / "more")]
+    make_world.main([*flags, *more, "--out", str(tmp_path / "again")])
+    assert not (tmp_path / "more" / "objects.pt").exists()
+    names = [Path(part) / "diffusion_pytorch_model.safetensors" for part in ("vae", "unet")]
+    same = []
+    for name in names:
+        one, two = (load_file(tmp_path / folder / name) for folder in ("teacher", "again"))
+        same.append(all(torch.equal(one[key], two[key]) for key in one))
+    assert same == [True, False]
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "teacher", dtype=torch.float32)
     image = pipe("cat face", num_inference_steps=2, output_type="pt").images
     assert image.shape == (1, 3, 64, 64)
