@@ -307,7 +307,7 @@ CLAIMS = (
     Claim(
         number=19,
         title="R1 on the critic makes the GAN steadier",
-        paper="2501.08316: without it training collapses",
+        paper="2501.08316: for the stability of training",
         arms={"GAN": GAN, "GAN + R1": f"{GAN} --r1-weight 100"},
         metrics=("sliced_data", "kl_data", "near", "modes"),
         expected=("sliced_data: GAN + R1 < GAN", "kl_data: GAN + R1 < GAN"),

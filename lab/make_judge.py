@@ -1,6 +1,6 @@
 """Train the embedded world's judge again and say how often it is right about real scenes.
 
-    python -m lab.make_judge                             # ten minutes on one core
+    python -m lab.make_judge                             # twelve minutes on one core
 
 The network learns what each cell of a scene shows, from scenes with exact labels. Some are blurred
 or noisy, for samples are. Held-out pairs are among them: the judge must know what students are

@@ -122,6 +122,35 @@ def train(stage, iterations, modules, loss_of, args, average=None, decays=True):
             )
 
 
+# ----------------------------------------------------------------------------- the pipeline
+
+
+def make_scheduler(**options):
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        clip_sample=False,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        steps_offset=1,
+        **options,
+    )
+
+
+def write(out, vae, text_encoder, tokenizer, unet, scheduler):
+    pipe = StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(out)
+
+
 # ----------------------------------------------------------------------------- autoencoder
 
 
@@ -286,16 +315,7 @@ def denoiser_loss(generator, networks, schedule, latents, captions, tokenizer, a
 
 
 def make_denoiser(vae, images, captions, tokenizer, args):
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-        steps_offset=1,
-        prediction_type="epsilon",
-    )
+    scheduler = make_scheduler(beta_end=0.012, prediction_type="epsilon")
     schedule = models.vp_schedule(scheduler.alphas_cumprod)
     networks = make_networks(tokenizer, args)
     average = None
@@ -325,17 +345,7 @@ def make_text_teacher(out, work, args):
     tokenizer = make_tokenizer(captions, work / "tokenizer")
     text_encoder, unet, scheduler = make_denoiser(vae, images, captions, tokenizer, args)
     polish_decoder(vae, images, args)
-    pipe = StableDiffusionPipeline(
-        vae=vae.half(),
-        text_encoder=text_encoder.half(),
-        tokenizer=tokenizer,
-        unet=unet.half(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(out)
+    write(out, vae, text_encoder, tokenizer, unet, scheduler)
 
 
 # ----------------------------------------------------------------------------- classes

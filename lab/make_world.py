@@ -22,19 +22,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import data
 import models
-from lab.make_teacher import average_of, make_tokenizer, save_state, train
+from lab.make_teacher import average_of, make_scheduler, make_tokenizer, save_state, train, write
 from support import cli, world
 from support.shards import as_sample
 
 LATENT_NOISE = 0.1  # deviation of the noise on the latents while the autoencoder trains
 LATENTS = 4
 TEXT_WIDTH = 192
+SCHEDULER = make_scheduler(beta_end=0.02, prediction_type="v_prediction")
 MAX_TOKENS = 12
 TOKENS = dict(padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
 
@@ -180,7 +181,7 @@ def denoiser_loss(generator, networks, schedule, prompts, latents, tokenizer, ar
     x0 = latents[index].float()  # (B, 4, 16, 16)
     eps = torch.randn(x0.shape, generator=generator)
     x_t = schedule.add_noise(x0, eps, t)
-    alpha, sigma = schedule.alpha[t].view(-1, 1, 1, 1), schedule.sigma[t].view(-1, 1, 1, 1)
+    alpha, sigma = schedule.at(t, x0)  # (B, 1, 1, 1)
     v = alpha * eps - sigma * x0
     texts = [world.shorten(prompts[i], u_i) for i, u_i in zip(index.tolist(), u)]
     tokens = tokenizer(texts, **TOKENS).input_ids
@@ -190,21 +191,8 @@ def denoiser_loss(generator, networks, schedule, prompts, latents, tokenizer, ar
     return F.mse_loss(output, v.to(args.device))
 
 
-def make_scheduler():
-    return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.02,
-        clip_sample=False,
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-        steps_offset=1,
-        prediction_type="v_prediction",
-    )
-
-
 def make_denoiser(vae, text_encoder, unet, tokenizer, args):
-    schedule = models.vp_schedule(make_scheduler().alphas_cumprod)
+    schedule = models.vp_schedule(SCHEDULER.alphas_cumprod)
     networks = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
     average = average_of(networks)
     prompts, latents = make_latents(vae, args)
@@ -260,17 +248,7 @@ def main(arguments=None):
         tokenizer = make_tokenizer(texts(), Path(args.work) / "tokenizer", MAX_TOKENS)
         text_encoder, unet = make_text_encoder(tokenizer, args), make_unet(args)
     text_encoder, unet = make_denoiser(vae, text_encoder, unet, tokenizer, args)
-    pipe = StableDiffusionPipeline(
-        vae=vae.half(),
-        text_encoder=text_encoder.half(),
-        tokenizer=tokenizer,
-        unet=unet.half(),
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(args.out)
+    write(args.out, vae, text_encoder, tokenizer, unet, SCHEDULER)
     print(f"{args.out}. Measure it: python eval.py --teacher-only --model world")
 
 

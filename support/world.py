@@ -93,8 +93,8 @@ def read_prompt(text):
     found = [index.get(name) for name in found or [rest]]
     if None in found or colour not in (None, *COLOURS):
         raise UserError(
-            f"the embedded world has no scene {text!r}: prompts are like 'cat face', 'rocket above "
-            f"full moon' or 'taco and heart on blue'; {NAMES.name} lists the objects, and the "
+            f"the embedded world has no scene {text!r}: prompts are like 'cat face', 'guitar above "
+            f"rainbow' or 'banana and sailboat on blue'; {NAMES.name} lists the objects, and the "
             f"colours are {', '.join(COLOURS)}"
         )
     return Prompt(tuple(found), relation, colour)
@@ -102,8 +102,7 @@ def read_prompt(text):
 
 def held_out(i, j):
     """Whether a pair of objects is kept for the test of what was never seen together."""
-    low, high = min(i, j), max(i, j)
-    return (low * 7919 + high * 104_729) % HELD_OUT == 0
+    return (9 * max(i, j) - min(i, j)) % HELD_OUT == 0
 
 
 def draw_prompt(u, alone=0.5, coloured=0.4, unseen=False, relations=RELATIONS):
