@@ -91,7 +91,7 @@ def read_prompt(text):
         if f" {name} " in rest:
             relation, found = name, rest.split(f" {name} ", 1)
     found = [index.get(name) for name in found or [rest]]
-    if None in found or colour not in (None, *COLOURS):
+    if None in found or len(set(found)) < len(found) or colour not in (None, *COLOURS):
         raise UserError(
             f"the embedded world has no scene {text!r}: prompts are like 'cat face', 'guitar above "
             f"rainbow' or 'banana and sailboat on blue'; {NAMES.name} lists the objects, and the "
