@@ -1,6 +1,7 @@
 """The embedded world: captions say what scenes show, the judge reads it, the makers make both."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,15 +36,12 @@ def test_a_prompt_is_read_as_it_was_written():
     for u in numbers(2000):
         prompt = world.draw_prompt(u)
         assert world.read_prompt(str(prompt)) == prompt
-    for text in (
-        "",
-        "no such thing",
-        "cat face on mauve",
-        "cat face below rainbow",
-        "cat face and",
-    ):
-        with pytest.raises(UserError, match="the embedded world has no scene"):
+    wrong = ["", "no such thing", "cat face on mauve", "cat face below rainbow", "cat face and"]
+    for text in [*wrong, "cat face and cat face"]:
+        with pytest.raises(UserError, match="the embedded world has no scene") as error:
             world.read_prompt(text)
+    examples = re.findall(r"'([^']+)'", str(error.value).split("prompts are like")[1])
+    assert len([world.read_prompt(example) for example in examples]) == 3
 
 
 def test_pairs_that_are_held_out_are_drawn_where_they_are_asked_for_and_nowhere_else():
