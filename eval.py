@@ -15,8 +15,8 @@ What is measured depends on the model, or on --protocol (support/protocols.py):
 
   alignment    (embedded set) share of samples whose nearest image of the set is right: it carries
                all words of the prompt, or is of the class (support/judges/emoji.py)
-  single, colour, two, position, unseen    (world) share of samples that show just the objects of
-               the prompt, on its colour and in its relation (support/judges/world.py)
+               World: shows just the objects of the prompt, on its colour and in its relation;
+               single, colour, two, position and unseen are its parts (support/judges/world.py)
   coverage     (embedded set) distinct right images among 32 samples of a prompt, as a share of
                those that exist; mean over the words cat, heart, moon, or over the classes, three
                times. World: distinct colours and places, of 44

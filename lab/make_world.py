@@ -91,7 +91,7 @@ def make_latents(vae, args):
 
 
 def appearances():
-    """What words look like, (300 + 10, 16 x 16 x 4): objects with alpha, and plain colours."""
+    """What words look like, (64 + 10, 16 x 16 x 4): objects with alpha, and plain colours."""
     seen = []
     for i in range(world.OBJECTS):
         picture = world.object_of_edge(i, 16).convert("RGBa")
