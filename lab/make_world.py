@@ -6,7 +6,7 @@
 Stable Diffusion in miniature, written as a diffusers pipeline in float16. An interrupted command
 goes on from --work. Its stages, each as its real counterpart is made:
 
-  autoencoder  AutoencoderTiny, 64x64x3 <-> 16x16x4. A term of the loss asks that latents have mean
+  autoencoder  AutoencoderTiny, 64x64x3 <-> 8x8x8. A term of the loss asks that latents have mean
                0 and deviation 1. The decoder sees them with a little noise, which makes it forgive
                the sampler's small errors.
   text         CLIPTextModel, alone: the state of a name's last token tells what the object looks
@@ -33,7 +33,7 @@ from support import cli, world
 from support.shards import as_sample
 
 LATENT_NOISE = 0.1  # deviation of the noise on the latents while the autoencoder trains
-LATENTS = 4
+LATENTS = 8
 TEXT_WIDTH = 192
 SCHEDULER = make_scheduler(beta_end=0.02, prediction_type="v_prediction")
 MAX_TOKENS = 12
@@ -47,7 +47,7 @@ def autoencoder_loss(generator, vae, args):
     prompts = world.prompts(args.batch_size // 4, generator)
     x = as_sample(world.scenes(prompts, generator)).to(args.device)  # (B, 3, 64, 64)
     x = x.to(memory_format=torch.channels_last)
-    z = vae.encoder(x).float()  # (B, 4, 16, 16)
+    z = vae.encoder(x).float()  # (B, 8, 8, 8)
     noisy = z + LATENT_NOISE * torch.randn(z.shape, generator=generator).to(z)
     error = vae.decoder(noisy).float() - x
     mean, variance = z.mean((0, 2, 3)), z.var((0, 2, 3))
@@ -59,10 +59,10 @@ def make_autoencoder(args):
     torch.manual_seed(args.seed)
     vae = AutoencoderTiny(
         latent_channels=LATENTS,
-        encoder_block_out_channels=(64, 64, 64),
-        decoder_block_out_channels=(64, 64, 64),
-        num_encoder_blocks=(1, 1, 3),
-        num_decoder_blocks=(3, 1, 1),
+        encoder_block_out_channels=(64, 64, 64, 64),
+        decoder_block_out_channels=(64, 64, 64, 64),
+        num_encoder_blocks=(1, 1, 1, 3),
+        num_decoder_blocks=(3, 2, 1, 1),
     )
     vae.to(args.device, memory_format=torch.channels_last)
     loss_of = functools.partial(autoencoder_loss, vae=vae, args=args)
@@ -72,7 +72,7 @@ def make_autoencoder(args):
 
 @torch.no_grad()
 def make_latents(vae, args):
-    """Prompts of args.scenes scenes, and their latents (N, 4, 16, 16)."""
+    """Prompts of args.scenes scenes, and their latents (N, 8, 8, 8)."""
     generator = torch.Generator().manual_seed(args.seed + 3)
     prompts = world.prompts(args.scenes, generator)
     path = Path(args.work) / "latents.pt"
@@ -161,24 +161,32 @@ def make_text_encoder(tokenizer, args):
 def make_unet(args):
     torch.manual_seed(args.seed + 2)
     unet = UNet2DConditionModel(
-        sample_size=16,
+        sample_size=8,
         in_channels=LATENTS,
         out_channels=LATENTS,
-        block_out_channels=(64, 128, 192),
+        block_out_channels=(96, 192),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4, 6),  # the number of heads, in this class
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(3, 6),  # the number of heads, in this class
         cross_attention_dim=TEXT_WIDTH,
     )
     return unet.to(args.device)
 
 
+def draw_timesteps(count, T, generator):
+    """(count,): three quarters of them mostly in the middle, where shapes are decided."""
+    u = torch.rand(count, generator=generator)
+    middle = torch.randn(count, generator=generator).sigmoid()
+    anywhere = torch.rand(count, generator=generator)
+    return (T * torch.where(u < 0.25, anywhere, middle)).long().clamp(max=T - 1)
+
+
 def denoiser_loss(generator, networks, schedule, prompts, latents, tokenizer, args):
     index = torch.randint(len(latents), (args.batch_size,), generator=generator)
-    t = torch.randint(len(schedule), (args.batch_size,), generator=generator)
+    t = draw_timesteps(args.batch_size, len(schedule), generator)
     u = torch.rand(args.batch_size, 3, generator=generator).tolist()
-    x0 = latents[index].float()  # (B, 4, 16, 16)
+    x0 = latents[index].float()  # (B, 8, 8, 8)
     eps = torch.randn(x0.shape, generator=generator)
     x_t = schedule.add_noise(x0, eps, t)
     alpha, sigma = schedule.at(t, x0)  # (B, 1, 1, 1)
@@ -228,9 +236,9 @@ def main(arguments=None):
     add("--work", default="runs/world", metavar="DIR", help="where the state of a stage is kept")
     add("--autoencoder-iterations", type=cli.positive, default=5000)
     add("--text-iterations", type=cli.positive, default=3000)
-    add("--object-iterations", type=cli.positive, default=3000)
-    add("--scene-iterations", type=cli.positive, default=36000)
-    add("--batch-size", type=cli.positive, default=32, help="the autoencoder's is a quarter of it")
+    add("--object-iterations", type=cli.positive, default=1500)
+    add("--scene-iterations", type=cli.positive, default=20_000)
+    add("--batch-size", type=cli.positive, default=64, help="the autoencoder's is a quarter of it")
     add("--scenes", type=cli.positive, default=60_000, help="whose latents are made once")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of matrix products")
