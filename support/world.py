@@ -1,4 +1,4 @@
-"""The embedded world: scenes of one or two of 300 objects, and captions that say what is in them.
+"""The embedded world: scenes of one or two of 64 objects, and captions that say what is in them.
 
 A caption leaves much open, which is what makes a few-step sampler's task hard: "cat face" has as
 many right images as there are places, sizes and backgrounds. Scenes are composed when they are
@@ -17,8 +17,8 @@ from support.cli import UserError
 from support.images import as_tensor
 
 SHEET, NAMES = ASSETS / "world_objects.webp", ASSETS / "world_objects.txt"
-SHEET_COLUMNS = 20
-OBJECTS = 300
+SHEET_COLUMNS = 8
+OBJECTS = 64
 SIZE = 64  # of a scene, and of an object on the sheet
 RELATIONS = ("left of", "above", "and")  # "and" leaves open where they are
 COLOURS = {

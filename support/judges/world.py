@@ -202,11 +202,12 @@ class WorldJudge(OwnJudge):
         return {"kind": torch.tensor(kinds), "features layout": features}
 
     def metrics(self, right, prompts):
-        """The share that is right of each category."""
+        """The share that is right, of all and of each category."""
         categories = {}
         for i, text in enumerate(prompts):
             categories.setdefault(category_of(world.read_prompt(text)), []).append(i)
-        return {name: mean_metric(right[own]) for name, own in categories.items()}
+        by_category = {name: mean_metric(right[own]) for name, own in categories.items()}
+        return {"alignment": mean_metric(right)} | by_category
 
 
 def make(args, setting):
