@@ -1,6 +1,6 @@
 """What full-size networks cost, computed without weights or a GPU.
 
-python -m support.costs memory        # GiB of Stable Diffusion's weights, gradients, optimizers
+python -m support.costs memory        # GiB of weights, gradients, optimizers and text encoders
 python -m support.costs flops        # of an iteration, beside the passes of DMD2's released loop
 """
 
@@ -11,14 +11,16 @@ from support import cli, flags
 if __name__ == "__main__":
     cli.answer_early(flags.costs_parser, __doc__)
 
+import diffusers
 import torch
+import transformers
 from diffusers import UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import models
 import train
-from support.families import UNET_LORA_LAYERS
+from support.families import TRANSFORMER_LORA_LAYERS, UNET_LORA_LAYERS
 
 # The UNets' configurations, as the hub has them.
 FULL_SIZE = {
@@ -44,6 +46,90 @@ CONDITIONS = {
         "StableDiffusionXLPipeline",
         {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)},
     ),
+}
+
+
+# Text encoders and flow models: their class, and what their configuration on the hub has.
+CLIP_L = dict(hidden_size=768, intermediate_size=3072, projection_dim=768)
+CLIP_G = dict(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    projection_dim=1280,
+)
+T5_XXL = dict(d_model=4096, d_ff=10240, num_heads=64, num_layers=24, feed_forward_proj="gated-gelu")
+GEMMA_2_2B = dict(
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=26,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+)
+QWEN3_4B = dict(
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+QWEN25_VL_7B = dict(
+    text_config=dict(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+    ),
+    vision_config=dict(
+        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584
+    ),
+    tie_word_embeddings=False,
+)
+ENCODERS = {
+    "CLIP-L": ("CLIPTextModelWithProjection", "CLIPTextConfig", CLIP_L),
+    "CLIP-G": ("CLIPTextModelWithProjection", "CLIPTextConfig", CLIP_G),
+    "T5-XXL": ("T5EncoderModel", "T5Config", T5_XXL),
+    "Gemma-2-2B": ("Gemma2Model", "Gemma2Config", GEMMA_2_2B),
+    "Qwen3-4B": ("Qwen3Model", "Qwen3Config", QWEN3_4B),
+    "Qwen2.5-VL-7B": (
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        QWEN25_VL_7B,
+    ),
+}
+SANA_600M = dict(
+    num_layers=28,
+    num_attention_heads=36,
+    num_cross_attention_heads=16,
+    cross_attention_head_dim=72,
+    cross_attention_dim=1152,
+)
+SD35_MEDIUM = dict(
+    num_layers=24,
+    num_attention_heads=24,
+    caption_projection_dim=1536,
+    pos_embed_max_size=384,
+    qk_norm="rms_norm",
+    dual_attention_layers=tuple(range(13)),
+)
+KLEIN_4B = dict(
+    num_layers=5,
+    num_single_layers=20,
+    num_attention_heads=24,
+    joint_attention_dim=7680,
+    guidance_embeds=False,
+)
+FLOW_MODELS = {
+    "SANA 0.6B": ("SanaTransformer2DModel", SANA_600M, ["Gemma-2-2B"]),
+    "SANA 1.6B": ("SanaTransformer2DModel", {}, ["Gemma-2-2B"]),
+    "SD3.5-medium": ("SD3Transformer2DModel", SD35_MEDIUM, ["CLIP-L", "CLIP-G", "T5-XXL"]),
+    "Lumina-Image 2.0": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, ["Gemma-2-2B"]),
+    "FLUX.2-klein-base-4B": ("Flux2Transformer2DModel", KLEIN_4B, ["Qwen3-4B"]),
+    "Z-Image": ("ZImageTransformer2DModel", {}, ["Qwen3-4B"]),
+    "FLUX.1-dev": ("FluxTransformer2DModel", {"guidance_embeds": True}, ["CLIP-L", "T5-XXL"]),
+    "Qwen-Image": ("QwenImageTransformer2DModel", {}, ["Qwen2.5-VL-7B"]),
 }
 
 
@@ -266,11 +352,11 @@ def print_flops():
 # ----------------------------------------------------------------------------- memory
 
 
-def lora_parameters(unet, rank):
-    """How many parameters LoRAs of this rank add to the layers that DMD2 adapts."""
+def lora_parameters(network, layers, rank=64):
+    """How many parameters LoRAs of this rank add to the layers that are adapted."""
     count = 0
-    for name, module in unet.named_modules():
-        if name.endswith(UNET_LORA_LAYERS) and hasattr(module, "weight"):
+    for name, module in network.named_modules():
+        if name.endswith(layers) and hasattr(module, "weight"):
             outputs, *inputs = module.weight.shape
             count += rank * (outputs + torch.Size(inputs).numel())
     return count
@@ -293,13 +379,43 @@ def memory(parameters, student_lora, fake_lora, gpus, average):
     return total / gpus / 2**30
 
 
+def count_parameters(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def encoder_parameters(name):
+    kind, config, options = ENCODERS[name]
+    with torch.device("meta"):
+        encoder = getattr(transformers, kind)(getattr(transformers, config)(**options))
+    return count_parameters(encoder)
+
+
+def print_memory_of_flow_models():
+    """On one GPU, without an average. What is trained whole has 16 bytes a parameter."""
+    print(
+        "| | billion parameters | both whole | LoRA student, whole fake score | both LoRA | text "
+        "encoders | of them |\n|---|---|---|---|---|---|---|"
+    )
+    for name, (kind, options, encoders) in FLOW_MODELS.items():
+        with torch.device("meta"):
+            network = getattr(diffusers, kind)(**options)
+        count = count_parameters(network)
+        lora = lora_parameters(network, TRANSFORMER_LORA_LAYERS)
+        cells = [f"{count / 1e9:.2f}"]
+        for student_lora, fake_lora in ((0, 0), (lora, 0), (lora, lora)):
+            cells.append(f"{memory(count, student_lora, fake_lora, 1, False):.1f}")
+        text = sum(encoder_parameters(encoder) for encoder in encoders)
+        cells += [f"{2 * text / 2**30:.1f}", ", ".join(encoders)]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
 def print_memory():
     print("| | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs |\n|---|---|---|---|---|")
     for name, config in FULL_SIZE.items():
         with torch.device("meta"):
             unet = UNet2DConditionModel(**config)
-        count = sum(parameter.numel() for parameter in unet.parameters())
-        lora = lora_parameters(unet, 64)
+        count = count_parameters(unet)
+        lora = lora_parameters(unet, UNET_LORA_LAYERS)
         for title, student_lora, fake_lora, average in (
             ("whole, averaged", 0, 0, True),
             ("whole", 0, 0, False),
@@ -309,6 +425,8 @@ def print_memory():
             row = [memory(count, student_lora, fake_lora, n, average) for n in (1, 2, 4, 8)]
             cells = " | ".join(f"{gib:.1f}" for gib in row)
             print(f"| {name}, {title} | {cells} |")
+    print()
+    print_memory_of_flow_models()
 
 
 def main(arguments=None):

@@ -565,7 +565,9 @@ def test_the_benchmark_times_iterations(folders, prompts, images, capsys):
 
 def test_memory_of_full_size_networks(capsys):
     call(costs, "memory")
-    assert "| SDXL 1024, whole | 81.3 | 40.6 | 20.3 | 10.2 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| SDXL 1024, whole | 81.3 | 40.6 | 20.3 | 10.2 |" in printed
+    assert "| SD3.5-medium | 2.24 | 71.0 | 39.0 | 7.0 | 10.4 | CLIP-L, CLIP-G, T5-XXL |" in printed
 
 
 SETTINGS = [*costs.SETTINGS.values(), "--variant fdistill", "--variant decoupled --gan-weight 1"]
