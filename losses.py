@@ -187,6 +187,21 @@ def regression_loss(x, x0_pair):
     return mean_per_sample((x - x0_pair).square())
 
 
+def jump_target(x_t, x_s, alpha_t, sigma_t, alpha_s, sigma_s):
+    """The x0 by which one deterministic step leads from x_t at t to x_s at s.
+
+        x0 = (x_s - (sigma_s / sigma_t) x_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)  2202.00512
+
+    A student that predicts it goes in one step where a sampler went in several: progressive
+    distillation, and DP-DMD's first step (2602.03139).
+    x_t, x_s (B, ...), the rest broadcastable to them -> (B, ...). Raises ValueError if the shapes
+    differ.
+    """
+    check_same_shape(x_t=x_t, x_s=x_s)
+    ratio = sigma_s / sigma_t
+    return (x_s - ratio * x_t) / (alpha_s - ratio * alpha_t)
+
+
 def mean_variance_loss(x, mean, variance):
     """KL divergence of a Gaussian with the sample's own mean and variance from N(mean, variance).
 

@@ -407,14 +407,19 @@ def trainable_copy(origin, rank=0, alpha=8.0, seed=0):
 # ----------------------------------------------------------------------------- samplers
 
 
+def deterministic_step(x0, x_t, t, s, schedule):
+    """From x_t at t to s by the x0 that was predicted there: an Euler step on the probability-flow
+    ODE for every schedule. It is DDIM (2010.02502, equation 12 without noise)."""
+    eps = (x_t - schedule.alpha[t] * x0) / schedule.sigma[t]
+    return schedule.alpha[s] * x0 + schedule.sigma[s] * eps
+
+
 def deterministic_sample(x0_of, noise, timesteps, schedule):
-    """Euler on the probability-flow ODE for every schedule. It is DDIM (2010.02502, equation 12
-    without noise). x0_of(x_t, t) -> x0; noise (B, ...); the last step returns x0."""
+    """Such steps from noise to the last timestep. x0_of(x_t, t) -> x0; noise (B, ...); the last
+    step returns x0."""
     x_t = schedule.noise_scale * noise
     for t, s in zip(timesteps, timesteps[1:]):
-        x0 = x0_of(x_t, t)
-        eps = (x_t - schedule.alpha[t] * x0) / schedule.sigma[t]
-        x_t = schedule.alpha[s] * x0 + schedule.sigma[s] * eps
+        x_t = deterministic_step(x0_of(x_t, t), x_t, t, s, schedule)
     return x0_of(x_t, timesteps[-1])
 
 

@@ -534,6 +534,22 @@ def test_deterministic_sampler_agrees_with_ddim(steps, prediction):
     torch.testing.assert_close(ours, x_t, atol=2e-5, rtol=1e-5)
 
 
+def test_jump_target_is_the_x0_that_leads_there():
+    """Any x0 is found again from the step that it makes, on a flow's levels and on SD's."""
+    for schedule in (
+        models.flow_schedule(shift=3.0),
+        models.vp_schedule(torch.linspace(0.99, 0.01, 1000)),
+    ):
+        x_t, x0 = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
+        for t, s in ((999, 749), (500, 20)):
+            x_s = models.deterministic_step(x0, x_t, t, s, schedule)
+            levels = [*schedule.at(t, x_t), *schedule.at(s, x_t)]
+            found = losses.jump_target(x_t, x_s, *levels)
+            torch.testing.assert_close(found, x0, atol=1e-6, rtol=1e-6)
+    with pytest.raises(ValueError, match="shapes differ"):
+        losses.jump_target(x_t, x_t[:1], *levels)
+
+
 def test_deterministic_sampler_agrees_with_flow_matching_euler():
     schedule = SCHEDULES["flow"]
     x0_of, noise = exact_x0(schedule)

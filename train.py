@@ -58,6 +58,7 @@ SCHEDULES = {
 }
 
 R1_DISTANCE = 0.1  # of the data beside real data, in their own units. FastGen's
+FIRST_STEP_PASSES = 8  # steps of the teacher to the student's second timestep. 2602.03139: 5 to 10
 
 
 # ----------------------------------------------------------------------------- one batch
@@ -88,7 +89,9 @@ class Batch:
     t_in: torch.Tensor  # (B,) the student's input timestep
     x_in: torch.Tensor | None = None  # (B, C, H, W) the student's input
     path: torch.Tensor | None = None  # (B, steps) its sampler's timesteps up to that one, alike
-    noise: torch.Tensor | None = None  # (B, steps, C, H, W) of its sampler
+    noise: torch.Tensor | None = (
+        None  # (B, steps, C, H, W) of its sampler; none of an odd last step
+    )
     # For the student's step: timesteps and noise of DM and CA; pairs for the regression.
     t_dm: torch.Tensor | None = None
     t_ca: torch.Tensor | None = None
@@ -160,10 +163,14 @@ def draw_batch(nets, sources, iteration, args):
     timesteps = nets.timesteps
     if args.random_steps:
         timesteps = draw_timesteps(timesteps[0], args.random_steps, T, draws)
-    step = draws.below(len(timesteps))  # one for the whole batch
+    first = 1 if args.first_step_weight > 0 else 0  # that step is left to a loss of its own
+    step = first + draws.below(len(timesteps) - first)  # one for the whole batch
     if args.student_input == "backward":  # backward simulation: the student's own earlier steps
         cond = model.encode(sources.prompts.draw(draws))
-        path = torch.tensor(timesteps[: step + 1]).expand(len(draws), -1)
+        path = timesteps[: step + 1]
+        if args.off_trajectory > 0 and draws.below(1000) < 1000 * args.off_trajectory:
+            path = [*path, draws.below(path[-1])]
+        path = torch.tensor(path).expand(len(draws), -1)
         t_in = path[:, -1].to(model.device)
         batch = Batch(cond, t_in, path=path, noise=draws.normal(step + 1, *shape))
     else:  # noised real data, the step drawn per sample; at the first step pure noise
@@ -225,12 +232,24 @@ def iterate(nets, batch, iteration, args):
     keep_graph = student_turn and len(parts) == 1  # of several parts student_step makes it anew
     for part in parts:
         if part.x_in is None:
-            noise = part.noise.transpose(0, 1)  # (steps, B, C, H, W)
-            part.x_in = models.last_input(nets.student, noise, part.cond, part.path[0].tolist())
+            part.x_in = student_input(nets, part)  # (B, C, H, W)
         with torch.set_grad_enabled(keep_graph):
             part.x = nets.student(part.x_in, part.t_in, part.cond)  # (B, C, H, W)
     metrics = student_step(nets, parts, args) if student_turn else {}
     return metrics | fake_score_step(nets, parts, args)
+
+
+@torch.no_grad()
+def student_input(nets, part):
+    """Backward simulation (2405.14867): what the student's sampler gives it at its last timestep.
+    Off the trajectory (2605.06376) one deterministic step of its own, to any timestep, follows."""
+    noise = part.noise.transpose(0, 1)  # (steps, B, C, H, W)
+    timesteps, steps = part.path[0].tolist(), len(noise)
+    x_t = models.last_input(nets.student, noise, part.cond, timesteps[:steps])
+    for t, s in zip(timesteps[steps - 1 :], timesteps[steps:]):
+        x0 = nets.student(x_t, t, part.cond)
+        x_t = models.deterministic_step(x0, x_t, t, s, nets.schedule)
+    return x_t
 
 
 def set_learning_rates(nets, iteration, args):
@@ -271,6 +290,10 @@ def student_step(nets, parts, args):
             loss = nets.regression_loss(x_pair, part.pair_x0)  # (B,)
             (args.regression_weight * loss.sum() / batch_size).backward()
             metrics["regression"] = loss.detach().mean()
+        if args.first_step_weight > 0:
+            loss = first_step_loss(nets, part, args)  # (B,)
+            (args.first_step_weight * loss.sum() / batch_size).backward()
+            metrics["first_step"] = loss.detach().mean()
 
     metrics["student_grad_norm"] = fsdp.clip_gradients(nets.student, args.clip, "student")
     nets.student_optimizer.step()
@@ -279,6 +302,24 @@ def student_step(nets, parts, args):
     if args.ida < 1:
         nets.pull_fake_score(args.ida)
     return metrics
+
+
+def first_step_loss(nets, part, args):
+    """DP-DMD (2602.03139): the student's first step leads where several of the guided teacher's
+    lead from the same noise, which keeps the variety that DM loses. Mean square error of v."""
+    schedule, (first, second) = nets.schedule, nets.timesteps[:2]
+    passes = range(FIRST_STEP_PASSES + 1)
+    timesteps = [first - i * (first - second) // FIRST_STEP_PASSES for i in passes]
+    z = schedule.noise_scale * part.noise[:, 0]  # (B, C, H, W)
+    x_t = z
+    with torch.no_grad():
+        for t, s in zip(timesteps, timesteps[1:]):
+            x0 = models.guided_x0(nets.teacher, x_t, t, part.cond, nets.uncond, args.guidance)
+            x_t = models.deterministic_step(x0, x_t, t, s, schedule)
+    levels = [*schedule.at(first, z), *schedule.at(second, z)]
+    x0_target = losses.jump_target(z, x_t, *levels)
+    x0 = nets.student(z, first, part.cond)
+    return losses.denoising_loss(x0, x0_target, 1 / schedule.sigma[first] ** 2)
 
 
 def read_scores(nets, part, args):

@@ -313,6 +313,31 @@ CLAIMS = (
         expected=("sliced_data: GAN + R1 < GAN", "kl_data: GAN + R1 < GAN"),
     ),
     Claim(
+        number=20,
+        title="The student's first step as the teacher's keeps variety",
+        paper="2602.03139: DP-DMD",
+        arms={
+            "DM in every step": f"{FOUR} coupled",
+            "first step as the teacher's": f"{FOUR} coupled --first-step-weight 0.05",
+        },
+        metrics=("kl", "sliced", "modes", "mass"),
+        expected=(
+            "mass: first step as the teacher's < DM in every step",
+            "kl: first step as the teacher's < DM in every step",
+        ),
+    ),
+    Claim(
+        number=21,
+        title="Matching off the student's trajectory as well betters random timesteps",
+        paper="2605.06376: CDM, its second half",
+        arms={
+            "random steps": f"{FOUR} coupled --random-steps 8",
+            "half off trajectory": f"{FOUR} coupled --random-steps 8 --off-trajectory 0.5",
+        },
+        metrics=("kl", "sliced", "near", "modes"),
+        expected=("kl: half off trajectory < random steps", "kl: half off trajectory < untrained"),
+    ),
+    Claim(
         number=1,
         title=TTUR,
         paper="2405.14867: ImageNet FID 3.48 -> 2.61",

@@ -166,6 +166,21 @@ def add_method_flags(group):
         "of them; 0: at those it draws with",
     )
     add(
+        "--off-trajectory",
+        type=cli.share,
+        default=0.0,
+        metavar="SHARE",
+        help="of the iterations, in which the student's input lies off its sampler's trajectory: "
+        "one deterministic step of its own further, at any timestep",
+    )
+    add(
+        "--first-step-weight",
+        type=cli.weight,
+        default=0.0,
+        help="of a loss that alone trains the student's first step, to lead where several of the "
+        "teacher's lead; DP-DMD has 0.05",
+    )
+    add(
         "--ida",
         type=cli.share,
         default=1.0,

@@ -81,6 +81,18 @@ def check_arguments(args):
             "--random-steps draws the timesteps of the student's own sampler: it needs "
             "--student-input backward"
         )
+    if args.off_trajectory > 0 and args.student_input == "data":
+        raise UserError(
+            "--off-trajectory leaves the trajectory of the student's own sampler: it needs "
+            "--student-input backward"
+        )
+    if args.first_step_weight > 0:
+        simulated = args.student_input == "backward" and not args.random_steps
+        if args.student_steps < 2 or not simulated:
+            raise UserError(
+                "--first-step-weight is of the first of the student's own steps: it needs "
+                "--student-steps 2 or more, --student-input backward and no --random-steps"
+            )
     if args.r1_weight > 0 and args.gan_weight == 0:
         raise UserError("--r1-weight is of the GAN's critic: it needs a --gan-weight above 0")
     if args.divergence != "reverse-kl" and args.gan_weight == 0:

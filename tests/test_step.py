@@ -56,6 +56,8 @@ CASES = {
     "decoupled": "--variant decoupled",
     "mean-variance": "--mean-variance-weight 1",
     "random steps": "--random-steps 6 --seed 2",
+    "off trajectory": "--off-trajectory 1",
+    "first step": "--first-step-weight 0.5",
     "R1": "--gan-weight 1 --r1-weight 50",
 }
 
@@ -166,6 +168,64 @@ def test_random_timesteps_are_those_of_the_noise_and_of_the_input():
     assert 250 <= min(seen) < 280 and 920 < max(seen) < 950
 
 
+def test_off_the_trajectory_the_input_is_one_deterministic_step_further():
+    """Written down anew, in the v of a flow's straight line and in that of the plane's schedule."""
+    nets, sources, args = setup("--off-trajectory", "0.5")
+    off = 0
+    for iteration in range(1, 41):
+        batch = train.draw_batch(nets, sources, iteration, args)
+        timesteps, steps = batch.path[0].tolist(), batch.noise.shape[1]
+        assert timesteps[:steps] == nets.timesteps[:steps] and steps <= len(timesteps) <= steps + 1
+        assert batch.t_in.tolist() == [timesteps[-1]] * 4
+        x_in = train.student_input(nets, batch)
+        on = models.last_input(
+            nets.student, batch.noise.transpose(0, 1), batch.cond, timesteps[:steps]
+        )
+        if len(timesteps) == steps:
+            assert torch.equal(x_in, on)
+            continue
+        off += 1
+        t, s = timesteps[-2:]
+        assert s < t
+        x0 = nets.student(on, t, batch.cond)
+        alpha, sigma = nets.schedule.alpha, nets.schedule.sigma
+        eps = (on - alpha[t] * x0) / sigma[t]
+        torch.testing.assert_close(x_in, alpha[s] * x0 + sigma[s] * eps)
+    assert 10 < off < 30
+
+
+def test_the_first_step_learns_to_land_where_the_teacher_lands(monkeypatch):
+    """DP-DMD: its loss's gradient, from the noise that the teacher's sampler ends at; and no other
+    loss moves the first step."""
+    flags = ["--dm-weight", "0", "--ca-weight", "0", "--gan-weight", "1e-9", "--clip", "1e9"]
+    flags += ["--first-step-weight", "0.05"]
+    found, _ = gradients(monkeypatch, *flags)
+    nets, sources, args = setup(*flags)
+    steps = [train.draw_batch(nets, sources, i, args).path.shape[1] for i in range(40)]
+    assert set(steps) == {2, 3, 4}
+    batch = train.draw_batch(nets, sources, 0, args)
+    z, schedule = batch.noise[:, 0], nets.schedule
+    none = nets.model.encode([""] * 4)
+    x_t, timesteps = z, [999 - i * 250 // 8 for i in range(9)]
+    with torch.no_grad():
+        for t, s in zip(timesteps, timesteps[1:]):
+            cond, uncond = nets.teacher(x_t, t, batch.cond), nets.teacher(x_t, t, none)
+            x0 = uncond + 1.5 * (cond - uncond)
+            eps = (x_t - schedule.alpha[t] * x0) / schedule.sigma[t]
+            x_t = schedule.alpha[s] * x0 + schedule.sigma[s] * eps
+    assert timesteps[-1] == nets.timesteps[1]
+    # The student's own step from the same noise would end here; where it does not, it is moved.
+    x0 = nets.student(z, 999, batch.cond)
+    eps = (z - schedule.alpha[999] * x0) / schedule.sigma[999]
+    landed = schedule.alpha[749] * x0 + schedule.sigma[749] * eps
+    slope = schedule.alpha[749] - schedule.sigma[749] * schedule.alpha[999] / schedule.sigma[999]
+    error = ((landed - x_t) / slope / schedule.sigma[999]).square().mean()
+    (0.05 * error).backward()
+    largest = max(gradient.abs().max() for gradient in found.values())
+    for name, p in nets.student.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, atol=1e-5 * largest, rtol=1e-3)
+
+
 def test_r1_adds_the_gradient_of_the_critic_s_change_beside_real_data(monkeypatch):
     flags = ["--gan-weight", "1", "--clip", "1e9"]
     without, with_r1 = (
@@ -190,6 +250,9 @@ def test_r1_adds_the_gradient_of_the_critic_s_change_beside_real_data(monkeypatc
     [
         ("--random-steps 4 --student-input data", "--random-steps draws the timesteps"),
         ("--r1-weight 1 --gan-weight 0", "--r1-weight is of the GAN's critic"),
+        ("--off-trajectory 1 --student-input data", "--off-trajectory leaves the trajectory"),
+        ("--first-step-weight 1 --student-steps 1", "--first-step-weight is of the first"),
+        ("--first-step-weight 1 --random-steps 4", "--first-step-weight is of the first"),
     ],
 )
 def test_switches_that_do_not_go_together_are_one_line(flags, says):
