@@ -89,9 +89,7 @@ class Batch:
     t_in: torch.Tensor  # (B,) the student's input timestep
     x_in: torch.Tensor | None = None  # (B, C, H, W) the student's input
     path: torch.Tensor | None = None  # (B, steps) its sampler's timesteps up to that one, alike
-    noise: torch.Tensor | None = (
-        None  # (B, steps, C, H, W) of its sampler; none of an odd last step
-    )
+    noise: torch.Tensor | None = None  # (B, steps, C, H, W) of its sampler; off it one fewer
     # For the student's step: timesteps and noise of DM and CA; pairs for the regression.
     t_dm: torch.Tensor | None = None
     t_ca: torch.Tensor | None = None
@@ -169,7 +167,7 @@ def draw_batch(nets, sources, iteration, args):
         cond = model.encode(sources.prompts.draw(draws))
         path = timesteps[: step + 1]
         if args.off_trajectory > 0 and draws.below(1000) < 1000 * args.off_trajectory:
-            path = [*path, draws.below(path[-1])]
+            path = [*path, draws.below(path[-1])]  # reached without noise, see student_input
         path = torch.tensor(path).expand(len(draws), -1)
         t_in = path[:, -1].to(model.device)
         batch = Batch(cond, t_in, path=path, noise=draws.normal(step + 1, *shape))
