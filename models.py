@@ -414,12 +414,17 @@ def deterministic_step(x0, x_t, t, s, schedule):
     return schedule.alpha[s] * x0 + schedule.sigma[s] * eps
 
 
-def deterministic_sample(x0_of, noise, timesteps, schedule):
-    """Such steps from noise to the last timestep. x0_of(x_t, t) -> x0; noise (B, ...); the last
-    step returns x0."""
+def deterministic_input(x0_of, noise, timesteps, schedule):
+    """Such steps from noise to the last timestep: x_t there. x0_of(x_t, t) -> x0; noise (B, ...)"""
     x_t = schedule.noise_scale * noise
     for t, s in zip(timesteps, timesteps[1:]):
         x_t = deterministic_step(x0_of(x_t, t), x_t, t, s, schedule)
+    return x_t
+
+
+def deterministic_sample(x0_of, noise, timesteps, schedule):
+    """The same, and x0 at the last of them."""
+    x_t = deterministic_input(x0_of, noise, timesteps, schedule)
     return x0_of(x_t, timesteps[-1])
 
 

@@ -308,12 +308,17 @@ def first_step_loss(nets, part, args):
     schedule, (first, second) = nets.schedule, nets.timesteps[:2]
     passes = range(FIRST_STEP_PASSES + 1)
     timesteps = [first - i * (first - second) // FIRST_STEP_PASSES for i in passes]
-    z = schedule.noise_scale * part.noise[:, 0]  # (B, C, H, W)
-    x_t = z
+    noise = part.noise[:, 0]  # (B, C, H, W)
+    x0_of = functools.partial(
+        models.guided_x0,
+        nets.teacher,
+        cond=part.cond,
+        uncond=nets.uncond,
+        guidance=args.guidance,
+    )
     with torch.no_grad():
-        for t, s in zip(timesteps, timesteps[1:]):
-            x0 = models.guided_x0(nets.teacher, x_t, t, part.cond, nets.uncond, args.guidance)
-            x_t = models.deterministic_step(x0, x_t, t, s, schedule)
+        x_t = models.deterministic_input(x0_of, noise, timesteps, schedule)
+    z = schedule.noise_scale * noise
     levels = [*schedule.at(first, z), *schedule.at(second, z)]
     x0_target = losses.jump_target(z, x_t, *levels)
     x0 = nets.student(z, first, part.cond)

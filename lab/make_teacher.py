@@ -24,7 +24,6 @@ distribution of noise levels (2206.00364); its labels.txt names the classes.
 
 import functools
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -77,8 +76,8 @@ def average_of(networks):
     return AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(0.999))
 
 
-def train(stage, iterations, modules, loss_of, args, average=None, decays=True):
-    """AdamW with clipping, warm-up and cosine; a checkpoint every 500 iterations.
+def train(stage, iterations, modules, loss_of, args, average=None):
+    """AdamW with clipping, warm-up and linear decay; a checkpoint every 500 iterations.
     loss_of(generator) draws a batch and returns its loss."""
     path = Path(args.work) / f"{stage}.pt"
     modules = torch.nn.ModuleDict(modules)
@@ -96,11 +95,10 @@ def train(stage, iterations, modules, loss_of, args, average=None, decays=True):
         if average:
             average.load_state_dict(state["average"])
         start = state["iteration"]
-    last = iterations if decays else math.inf
     progress = tqdm(range(start, iterations), initial=start, total=iterations, desc=stage)
     for iteration in progress:
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * learning_rate_scale(iteration, last)
+            group["lr"] = LEARNING_RATE * learning_rate_scale(iteration, iterations)
         with models.compute_in(getattr(torch, args.dtype), torch.empty(8, 8, device=args.device)):
             loss = loss_of(generator)
         loss.backward()

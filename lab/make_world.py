@@ -216,7 +216,7 @@ def make_denoiser(vae, text_encoder, unet, tokenizer, args):
             tokenizer=tokenizer,
             args=args,
         )
-        train(stage, iterations, networks, loss_of, args, average, decays=stage == "scenes")
+        train(stage, iterations, networks, loss_of, args, average)
     return average.module["text_encoder"].eval(), average.module["unet"].eval()
 
 

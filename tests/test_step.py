@@ -169,7 +169,7 @@ def test_random_timesteps_are_those_of_the_noise_and_of_the_input():
 
 
 def test_off_the_trajectory_the_input_is_one_deterministic_step_further():
-    """Written down anew, in the v of a flow's straight line and in that of the plane's schedule."""
+    """In about half of the iterations, by DDIM's step written down anew."""
     nets, sources, args = setup("--off-trajectory", "0.5")
     off = 0
     for iteration in range(1, 41):
