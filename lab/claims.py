@@ -2,7 +2,7 @@
 
     python -m lab.claims                   # every claim on the plane, about 40 minutes on two cores
     python -m lab.claims --claim 1 9         # these two
-    python -m lab.claims --world emoji  # claims 1, 6, 9, 10, 11 on the embedded teacher, 45 minutes
+    python -m lab.claims --world scenes  # claims 1, 6, 9, 10, 11 on the embedded teacher
     python -m lab.claims --list              # what is claimed, and every arm as a command
 
 A claim compares arms, each a set of train.py's flags. All arms have the same budget (iterations,
@@ -83,9 +83,9 @@ RATIO_METRICS = ("var h raw", "var h binned")
 RATIO_METRICS += ("grad noise raw", "grad noise binned", "grad noise both")
 # At 4 steps the undistilled network already has an alignment of .8, which leaves no room: hence 1
 # step, and 2 where a claim is about several.
-EMOJI_ONE = "--student-steps 1 --fake-updates 5"
-EMOJI_TWO = "--variant decoupled --gan-weight 0 --student-steps 2 --schedule"
-EMOJI_METRICS = ("alignment", "coverage", "frechet", "deviation")
+SCENE_ONE = "--student-steps 1 --fake-updates 5"
+SCENE_TWO = "--variant decoupled --gan-weight 0 --student-steps 2 --schedule"
+SCENE_METRICS = ("alignment", "coverage", "frechet", "deviation")
 
 CLAIMS = (
     Claim(
@@ -341,31 +341,31 @@ CLAIMS = (
         number=1,
         title=TTUR,
         paper="2405.14867: ImageNet FID 3.48 -> 2.61",
-        world="emoji",
-        arms={"K = 1": "--student-steps 1 --fake-updates 1", "K = 5": EMOJI_ONE},
-        metrics=EMOJI_METRICS,
+        world="scenes",
+        arms={"K = 1": "--student-steps 1 --fake-updates 1", "K = 5": SCENE_ONE},
+        metrics=SCENE_METRICS,
         expected=("frechet: K = 5 < K = 1", "alignment: K = 5 > K = 1"),
     ),
     Claim(
         number=6,
         title=BACKWARD,
         paper="2405.14867: SDXL FID 19.32 against 20.66",
-        world="emoji",
+        world="scenes",
         arms={"backward": "--student-steps 2", "data": "--student-steps 2 --student-input data"},
-        metrics=EMOJI_METRICS,
+        metrics=SCENE_METRICS,
         expected=("frechet: backward < data", "alignment: backward > data"),
     ),
     Claim(
         number=9,
         title=CA_ALONE,
         paper="2511.22677",
-        world="emoji",
+        world="scenes",
         arms={
-            "CA alone": f"{EMOJI_ONE} --dm-weight 0",
-            "DM alone": f"{EMOJI_ONE} --ca-weight 0",
-            "both": EMOJI_ONE,
+            "CA alone": f"{SCENE_ONE} --dm-weight 0",
+            "DM alone": f"{SCENE_ONE} --ca-weight 0",
+            "both": SCENE_ONE,
         },
-        metrics=(*EMOJI_METRICS, "std@1", "std@9"),
+        metrics=(*SCENE_METRICS, "std@1", "std@9"),
         expected=(
             "CA alone: std@9 > std@4",
             "deviation: CA alone > both",
@@ -377,14 +377,14 @@ CLAIMS = (
         number=10,
         title=SCHEDULES,
         paper="2511.22677: HPSv2.1 32.29, 31.71, 30.69, 30.61",
-        world="emoji",
+        world="scenes",
         arms={
-            "coupled": f"{EMOJI_TWO} coupled",
-            "full": f"{EMOJI_TWO} full",
-            "constrained": f"{EMOJI_TWO} constrained",
-            "hybrid": f"{EMOJI_TWO} hybrid",
+            "coupled": f"{SCENE_TWO} coupled",
+            "full": f"{SCENE_TWO} full",
+            "constrained": f"{SCENE_TWO} constrained",
+            "hybrid": f"{SCENE_TWO} hybrid",
         },
-        metrics=EMOJI_METRICS,
+        metrics=SCENE_METRICS,
         expected=(
             "alignment: hybrid > constrained",
             "alignment: hybrid > full",
@@ -396,13 +396,13 @@ CLAIMS = (
         number=11,
         title=MEAN_VARIANCE,
         paper="2511.22677",
-        world="emoji",
+        world="scenes",
         arms={
-            "CA alone": f"{EMOJI_ONE} --dm-weight 0",
-            "CA + mean-variance": f"{EMOJI_ONE} --dm-weight 0 --mean-variance-weight 1",
-            "CA + DM": EMOJI_ONE,
+            "CA alone": f"{SCENE_ONE} --dm-weight 0",
+            "CA + mean-variance": f"{SCENE_ONE} --dm-weight 0 --mean-variance-weight 1",
+            "CA + DM": SCENE_ONE,
         },
-        metrics=(*EMOJI_METRICS, "std@1", "std@9"),
+        metrics=(*SCENE_METRICS, "std@1", "std@9"),
         expected=(
             "std@9: CA + mean-variance < CA alone",
             "frechet: CA + mean-variance < untrained",
@@ -587,7 +587,7 @@ def parse_arguments(arguments=None):
     add = parser.add_argument
     add("--world", choices=WORLDS, default="plane", help="the teacher that claims are tried on")
     add("--claim", type=cli.positive, nargs="+", metavar="N", help="(default: all)")
-    add("--seeds", type=cli.positive, help="(default: 5; 3 for emoji)")
+    add("--seeds", type=cli.positive, help="(default: 5; 3 for scenes)")
     add("--iterations", type=cli.positive, help="of every run, for a quick look")
     jobs = multiprocessing.cpu_count()
     add("--jobs", type=cli.positive, default=jobs, help="runs at a time, one core each")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import models
-from lab.make_teacher import learning_rate_scale
+from lab.training import learning_rate_scale
 from support import cli, world
 from support.images import as_tensor
 from support.judges.world import CATEGORIES, CELLS, WEIGHTS, Reader, WorldJudge

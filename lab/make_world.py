@@ -18,24 +18,39 @@ goes on from --work. Its stages, each as its real counterpart is made:
 """
 
 import functools
+import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import data
 import models
-from lab.make_teacher import average_of, make_scheduler, make_tokenizer, save_state, train, write
+from lab.training import average_of, save_state, train
 from support import cli, world
 from support.shards import as_sample
 
 LATENT_NOISE = 0.1  # deviation of the noise on the latents while the autoencoder trains
 LATENTS = 8
 TEXT_WIDTH = 192
-SCHEDULER = make_scheduler(beta_end=0.02, prediction_type="v_prediction")
+SCHEDULER = DDIMScheduler(
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.02,
+    prediction_type="v_prediction",
+    clip_sample=False,
+    timestep_spacing="trailing",
+    set_alpha_to_one=True,
+    steps_offset=1,
+)
 MAX_TOKENS = 12
 TOKENS = dict(padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
 
@@ -88,6 +103,40 @@ def make_latents(vae, args):
 
 
 # ----------------------------------------------------------------------------- text
+
+
+def make_tokenizer(texts, folder):
+    """A CLIPTokenizer whose merges were learnt on the texts until every word is one token."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+
+    tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    words = Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000,
+        min_frequency=1,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    tokens += [first + second for first, second in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
 
 
 def appearances():
@@ -228,6 +277,20 @@ def texts():
     return [*world.names(), *world.RELATIONS, *(f"on {colour}" for colour in world.COLOURS)]
 
 
+def write(out, vae, text_encoder, tokenizer, unet):
+    pipe = StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=SCHEDULER,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(out)
+
+
 def main(arguments=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
@@ -253,10 +316,10 @@ def main(arguments=None):
         )
     else:
         vae = make_autoencoder(args)
-        tokenizer = make_tokenizer(texts(), Path(args.work) / "tokenizer", MAX_TOKENS)
+        tokenizer = make_tokenizer(texts(), Path(args.work) / "tokenizer")
         text_encoder, unet = make_text_encoder(tokenizer, args), make_unet(args)
     text_encoder, unet = make_denoiser(vae, text_encoder, unet, tokenizer, args)
-    write(args.out, vae, text_encoder, tokenizer, unet, SCHEDULER)
+    write(args.out, vae, text_encoder, tokenizer, unet)
     print(f"{args.out}. Measure it: python eval.py --teacher-only --model world")
 
 

@@ -19,8 +19,8 @@ import sample
 import train
 from lab import plane
 from support import checkpoint, pictures
-from support.judges.emoji import EmojiJudge
 from support.judges.gauges import Gauges
+from support.judges.world import WorldJudge
 from support.metrics import COVERAGE_SAMPLES, Gaussian, metrics_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -226,14 +226,14 @@ def student_gradient(student, reading, h):
     return torch.cat([part.flatten() for part in gradient if part is not None])
 
 
-# ----------------------------------------------------------------------------- the embedded teacher
+# ----------------------------------------------------------------------------- in the world
 
 
-class EmojiMeter:
-    """eval.py's metrics on fewer samples: 100 captions, and 32 samples of each word."""
+class SceneMeter:
+    """eval.py's metrics on fewer samples: 100 prompts, and 32 samples of each open prompt."""
 
     def __init__(self, nets, args):
-        self.model, self.args, self.judge = nets.model, args, EmojiJudge()
+        self.model, self.args, self.judge = nets.model, args, WorldJudge()
         self.student = sample.StudentSampler(nets.averaged_student, nets.timesteps)
         self.prompts = self.judge.prompts(100, args.seed)
 
@@ -247,8 +247,8 @@ class EmojiMeter:
         return {name: latest[name].item() for name in ("std", "gap")}
 
     def at_the_end(self):
-        words = [word for word in self.judge.open_prompts for _ in range(COVERAGE_SAMPLES)]
-        prompts = self.prompts + words
+        repeated = [text for text in self.judge.open_prompts for _ in range(COVERAGE_SAMPLES)]
+        prompts = self.prompts + repeated
         images = self.images(prompts)
         views = {"whole": images}
         judged = self.judge(images, views, prompts) | Gauges()(images, views, prompts)
@@ -288,13 +288,13 @@ WORLDS = {
         load_model=plane.load_model,
         meter=PlaneMeter,
     ),
-    "emoji": World(
+    "scenes": World(
         recipe=ROOT / "recipes" / "short.args",
         flags=("--dtype", "bf16"),
         learning_rates=("2e-4",),
         seeds=3,
         chosen_by="frechet",
         load_model=models.load_model,
-        meter=EmojiMeter,
+        meter=SceneMeter,
     ),
 }

@@ -79,20 +79,20 @@ def add_method_flags(group):
         help="the teacher: Stable Diffusion 1.5, 2 or XL as a diffusers directory, hub id or "
         ".safetensors file; a flow model (SD3, SANA, Z-Image, Lumina 2, FLUX, FLUX.2 klein, "
         "Qwen-Image) as one of the former two; EDM's .pkl or UNet2DModel directory; emoji-classes, "
-        "the embedded one of that kind (default: emoji, the embedded text-to-image teacher)",
+        "the embedded one of that kind (default: world, the embedded text-to-image teacher)",
     )
     add_image_size(add)
     add(
         "--prompts",
         metavar="FILE",
         help="training prompts: .txt, .csv, .json, .jsonl, .parquet or .pkl, or the folder that "
-        "`data.py prompts` wrote (default: the embedded set's)",
+        "`data.py prompts` wrote (default: the embedded world's)",
     )
     add(
         "--real",
         metavar="PATH",
         help="real data, for the GAN and --student-input data: latents or pixels made by data.py, "
-        "a folder of images with captions, or DMD2's LMDB (default: the embedded set)",
+        "a folder of images with captions, or DMD2's LMDB (default: the embedded teachers' own)",
     )
     add(
         "--variant",
@@ -278,7 +278,7 @@ def announce_train(args):
     if args.resume is not None:
         return f"going on with {args.resume or args.out or f'runs/{args.variant}'}; loading"
     return (
-        f"{args.variant}: teacher {args.model or 'emoji'}, {args.iterations} iterations of "
+        f"{args.variant}: teacher {args.model or 'world'}, {args.iterations} iterations of "
         f"{args.batch_size} samples, into {args.out or f'runs/{args.variant}'}; loading"
     )
 
@@ -414,7 +414,7 @@ def eval_parser(doc):
     add(
         "--protocol",
         metavar="NAME",
-        help="imagenet64-50k, coco30k-256, coco10k-512, emoji, emoji-classes or as-is: what is "
+        help="imagenet64-50k, coco30k-256, coco10k-512, world, emoji-classes or as-is: what is "
         "drawn, how it is cut and resized, what compares with it (default: by the model)",
     )
     add("--samples", type=cli.positive, help="(default: the protocol's)")

@@ -309,7 +309,7 @@ def test_what_does_nothing_is_warned_of(capsys):
     assert "without guidance CA is 0" in printed and "it is DMD2" in printed
 
 
-ONE_PASS = ["--model gmm", "--model emoji", "--model emoji-classes --guidance 1"]
+ONE_PASS = ["--model gmm", "--model world", "--model emoji-classes --guidance 1"]
 
 
 @pytest.mark.parametrize("flags", ONE_PASS)
