@@ -6,9 +6,7 @@
 Stable Diffusion in miniature, written as a diffusers pipeline in float16. An interrupted command
 goes on from --work. Its stages, each as its real counterpart is made:
 
-  autoencoder  AutoencoderTiny, 64x64x3 <-> 8x8x8. A term of the loss asks that latents have mean
-               0 and deviation 1. The decoder sees them with a little noise, which makes it forgive
-               the sampler's small errors.
+  autoencoder  AutoencoderKL, 64x64x3 <-> 8x8x8. Its scaling_factor gives latents deviation 1.
   text         CLIPTextModel, alone: the state of a name's last token tells what the object looks
                like, and that of a colour its colour. Without it the next stages spend most of their
                time on names.
@@ -24,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import (
-    AutoencoderTiny,
+    AutoencoderKL,
     DDIMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -38,8 +36,8 @@ from lab.training import average_of, save_state, train
 from support import cli, world
 from support.shards import as_sample
 
-LATENT_NOISE = 0.1  # deviation of the noise on the latents while the autoencoder trains
 LATENTS = 8
+KL_WEIGHT = 0.003  # leaves noise on the latents that makes the decoder forgive the sampler's errors
 TEXT_WIDTH = 192
 SCHEDULER = DDIMScheduler(
     beta_schedule="scaled_linear",
@@ -59,25 +57,27 @@ TOKENS = dict(padding="max_length", truncation=True, max_length=MAX_TOKENS, retu
 
 
 def autoencoder_loss(generator, vae, args):
+    """2112.10752 without its critic: reconstruction, and a little of KL to a standard normal."""
     prompts = world.prompts(args.batch_size // 4, generator)
     x = as_sample(world.scenes(prompts, generator)).to(args.device)  # (B, 3, 64, 64)
-    x = x.to(memory_format=torch.channels_last)
-    z = vae.encoder(x).float()  # (B, 8, 8, 8)
-    noisy = z + LATENT_NOISE * torch.randn(z.shape, generator=generator).to(z)
-    error = vae.decoder(noisy).float() - x
-    mean, variance = z.mean((0, 2, 3)), z.var((0, 2, 3))
-    spread = mean.square().mean() + (variance - 1).square().mean()
-    return error.abs().mean() + error.square().mean() + 0.01 * spread
+    posterior = vae.encode(x.to(memory_format=torch.channels_last)).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(x)
+    z = posterior.mean + posterior.std * noise  # (B, 8, 8, 8)
+    error = vae.decode(z).sample.float() - x
+    kl = posterior.kl().mean() / z[0].numel()
+    return error.abs().mean() + error.square().mean() + KL_WEIGHT * kl
 
 
 def make_autoencoder(args):
     torch.manual_seed(args.seed)
-    vae = AutoencoderTiny(
+    channels = (16, 32, 64, 128)
+    vae = AutoencoderKL(
         latent_channels=LATENTS,
-        encoder_block_out_channels=(64, 64, 64, 64),
-        decoder_block_out_channels=(64, 64, 64, 64),
-        num_encoder_blocks=(1, 1, 1, 3),
-        num_decoder_blocks=(3, 2, 1, 1),
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        norm_num_groups=8,
+        mid_block_add_attention=False,
     )
     vae.to(args.device, memory_format=torch.channels_last)
     loss_of = functools.partial(autoencoder_loss, vae=vae, args=args)
@@ -87,7 +87,7 @@ def make_autoencoder(args):
 
 @torch.no_grad()
 def make_latents(vae, args):
-    """Prompts of args.scenes scenes, and their latents (N, 8, 8, 8)."""
+    """Prompts of args.scenes scenes, and their latents (N, 8, 8, 8) of deviation 1."""
     generator = torch.Generator().manual_seed(args.seed + 3)
     prompts = world.prompts(args.scenes, generator)
     path = Path(args.work) / "latents.pt"
@@ -97,9 +97,12 @@ def make_latents(vae, args):
             x = as_sample(world.scenes(prompts[start : start + 64], generator)).to(args.device)
             x = x.to(memory_format=torch.channels_last)
             with models.compute_in(getattr(torch, args.dtype), x):
-                latents.append(vae.encoder(x).half().cpu())
+                latents.append(vae.encode(x).latent_dist.mode().half().cpu())
         save_state(path, latents=torch.cat(latents))
-    return prompts, torch.load(path, weights_only=True)["latents"]
+    latents = torch.load(path, weights_only=True)["latents"]
+    if not args.init:
+        vae.register_to_config(scaling_factor=1 / latents.float().std().item())
+    return prompts, latents * vae.config.scaling_factor
 
 
 # ----------------------------------------------------------------------------- text
@@ -140,7 +143,7 @@ def make_tokenizer(texts, folder):
 
 
 def appearances():
-    """What words look like, (64 + 10, 16 x 16 x 4): objects with alpha, and plain colours."""
+    """What words look like, (32 + 10, 16 x 16 x 4): objects with alpha, and plain colours."""
     seen = []
     for i in range(world.OBJECTS):
         picture = world.object_of_edge(i, 16).convert("RGBa")
