@@ -78,7 +78,6 @@ def main(arguments=None):
     add("--iterations", type=cli.positive, default=5000)
     add("--batch-size", type=cli.positive, default=64)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of matrix products")
     add("--seed", type=cli.natural, default=0)
     args = parser.parse_args(arguments)
     Path(args.work).mkdir(parents=True, exist_ok=True)

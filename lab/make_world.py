@@ -32,6 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import data
 import models
+from fsdp import default_dtype
 from lab.training import average_of, save_state, train
 from support import cli, world
 from support.shards import as_sample
@@ -96,7 +97,7 @@ def make_latents(vae, args):
         for start in tqdm(range(0, args.scenes, 64), desc="latents"):
             x = as_sample(world.scenes(prompts[start : start + 64], generator)).to(args.device)
             x = x.to(memory_format=torch.channels_last)
-            with models.compute_in(getattr(torch, args.dtype), x):
+            with models.compute_in(getattr(torch, default_dtype(args.device)), x):
                 latents.append(vae.encode(x).latent_dist.mode().half().cpu())
         save_state(path, latents=torch.cat(latents))
     latents = torch.load(path, weights_only=True)["latents"]
@@ -307,7 +308,6 @@ def main(arguments=None):
     add("--batch-size", type=cli.positive, default=64, help="the autoencoder's is a quarter of it")
     add("--scenes", type=cli.positive, default=60_000, help="whose latents are made once")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of matrix products")
     add("--seed", type=cli.natural, default=0)
     args = parser.parse_args(arguments)
     Path(args.work).mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import models
+from fsdp import default_dtype
 from support import checkpoint
 
 LEARNING_RATE = 1e-3
@@ -38,6 +39,7 @@ def train(stage, iterations, modules, loss_of, args, average=None):
         parameters, lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.99), fused=True
     )
     generator = torch.Generator().manual_seed(args.seed)
+    dtype = getattr(torch, default_dtype(args.device))
     start = 0
     if path.exists():
         state = torch.load(path, weights_only=True)
@@ -51,7 +53,7 @@ def train(stage, iterations, modules, loss_of, args, average=None):
     for iteration in progress:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * learning_rate_scale(iteration, iterations)
-        with models.compute_in(getattr(torch, args.dtype), torch.empty(8, 8, device=args.device)):
+        with models.compute_in(dtype, torch.empty(8, 8, device=args.device)):
             loss = loss_of(generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)

@@ -168,8 +168,6 @@ def test_the_maker_of_the_class_conditional_teacher_resumes_and_writes_a_network
         tmp_path / "teacher",
         "--batch-size",
         4,
-        "--dtype",
-        "float32",
         "--device",
         "cpu",
     ]
