@@ -74,7 +74,7 @@ def test_run_directory(finished):
     assert len(list((finished / "images").iterdir())) == 3
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [4]  # shorter than ten iterations: one row
-    assert {"fake_loss", "dm", "ca", "std", "gap", "cosine"} <= rows[0].keys()
+    assert {"fake_loss", "dm", "ca", "mean", "std", "gap", "cosine"} <= rows[0].keys()
 
 
 def test_metrics_have_a_row_each_ten_iterations_and_the_rest(tmp_path):
@@ -175,7 +175,7 @@ def test_the_teacher_s_samples_are_drawn_once_and_fewer_where_it_is_slow(
     whole = runlog.Gallery(tmp_path / "whole", nets, prompts, args)
     assert whole.x_teacher.shape == (8, *teacher.sample_shape)
     assert "16/16" in capsys.readouterr().err
-    assert whole.teacher_std == pytest.approx(whole.x_teacher.flatten(1).std(dim=1).mean().item())
+    assert whole.teacher_figures == runlog.figures(whole.x_teacher)
     monkeypatch.setattr(runlog, "PATIENCE", 0)
     few = runlog.Gallery(tmp_path / "few", nets, prompts, args)
     assert torch.equal(few.x_teacher, whole.x_teacher[:2]) and len(few.prompts) == 2
