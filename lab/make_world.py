@@ -217,11 +217,11 @@ def make_unet(args):
         sample_size=8,
         in_channels=LATENTS,
         out_channels=LATENTS,
-        block_out_channels=(96, 192),
+        block_out_channels=(64, 128),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=(3, 6),  # the number of heads, in this class
+        attention_head_dim=(2, 4),  # the number of heads, in this class
         cross_attention_dim=TEXT_WIDTH,
     )
     return unet.to(args.device)
