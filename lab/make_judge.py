@@ -1,6 +1,6 @@
 """Train the embedded world's judge again and say how often it is right about real scenes.
 
-    python -m lab.make_judge                             # four minutes on one core
+    python -m lab.make_judge                             # ten minutes on one core
 
 The network learns what each cell of a scene shows, from scenes with exact labels. Some are blurred
 or noisy, for samples are. Held-out pairs are among them: the judge must know what students are
@@ -80,7 +80,7 @@ def train_reader(args):
 def main(arguments=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--iterations", type=cli.positive, default=1000)
+    add("--iterations", type=cli.positive, default=1500)
     add("--batch-size", type=cli.positive, default=32)
     add("--samples", type=cli.positive, default=2000, help="real scenes that it is measured on")
     add("--seed", type=cli.natural, default=0)
