@@ -80,7 +80,7 @@ class Meter:
 
 
 def run(out, name, flags, seed):
-    """Train and measure; writes {rows, teacher, frechet} to a file and four moments to a picture."""
+    """Train and measure: {rows, teacher, frechet} into a file, four moments into a picture."""
     torch.set_num_threads(1)
     arguments = [f"@{RECIPE}", *flags.split(), "--seed", str(seed), "--keep-going"]
     args = train.parse_arguments(arguments)

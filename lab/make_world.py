@@ -13,6 +13,7 @@ goes on from --work. Its stages, each as its real counterpart is made:
   objects      UNet2DConditionModel, v prediction, and the text encoder with it, on scenes of one
                object.
   scenes       the same on all scenes.
+  decoder      the autoencoder's, alone and for longer, which makes pictures sharper.
 """
 
 import functools
@@ -57,16 +58,26 @@ TOKENS = dict(padding="max_length", truncation=True, max_length=MAX_TOKENS, retu
 # ----------------------------------------------------------------------------- autoencoder
 
 
-def autoencoder_loss(generator, vae, args):
-    """2112.10752 without its critic: reconstruction, and a little of KL to a standard normal."""
+def reconstruction_error(generator, vae, args):
+    """L1 and mean square error of scenes that are encoded and decoded, and the KL divergence of
+    their posterior from a standard normal, a number an element."""
     prompts = world.prompts(args.batch_size // 4, generator)
     x = as_sample(world.scenes(prompts, generator)).to(args.device)  # (B, 3, 64, 64)
     posterior = vae.encode(x.to(memory_format=torch.channels_last)).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=generator).to(x)
     z = posterior.mean + posterior.std * noise  # (B, 8, 8, 8)
     error = vae.decode(z).sample.float() - x
-    kl = posterior.kl().mean() / z[0].numel()
-    return error.abs().mean() + error.square().mean() + KL_WEIGHT * kl
+    return error.abs().mean() + error.square().mean(), posterior.kl().mean() / z[0].numel()
+
+
+def autoencoder_loss(generator, vae, args):
+    """2112.10752 without its critic."""
+    error, kl = reconstruction_error(generator, vae, args)
+    return error + KL_WEIGHT * kl
+
+
+def decoder_loss(generator, vae, args):
+    return reconstruction_error(generator, vae, args)[0]
 
 
 def make_autoencoder(args):
@@ -84,6 +95,13 @@ def make_autoencoder(args):
     loss_of = functools.partial(autoencoder_loss, vae=vae, args=args)
     train("autoencoder", args.autoencoder_iterations, {"vae": vae}, loss_of, args)
     return vae.eval()
+
+
+def polish_decoder(vae, args):
+    vae.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    loss_of = functools.partial(decoder_loss, vae=vae, args=args)
+    train("decoder", args.decoder_iterations, {"decoder": vae.decoder}, loss_of, args)
 
 
 @torch.no_grad()
@@ -301,12 +319,13 @@ def main(arguments=None):
     add("--out", default=data.EMBEDDED["world"], metavar="DIR")
     add("--init", metavar="DIR", help="go on from this pipeline, with the stage of all scenes")
     add("--work", default="runs/world", metavar="DIR", help="where the state of a stage is kept")
-    add("--autoencoder-iterations", type=cli.positive, default=5000)
+    add("--autoencoder-iterations", type=cli.positive, default=4000)
     add("--text-iterations", type=cli.positive, default=3000)
-    add("--object-iterations", type=cli.positive, default=1500)
-    add("--scene-iterations", type=cli.positive, default=20_000)
-    add("--batch-size", type=cli.positive, default=64, help="the autoencoder's is a quarter of it")
-    add("--scenes", type=cli.positive, default=60_000, help="whose latents are made once")
+    add("--object-iterations", type=cli.positive, default=1200)
+    add("--scene-iterations", type=cli.positive, default=8000)
+    add("--decoder-iterations", type=cli.positive, default=3000)
+    add("--batch-size", type=cli.positive, default=32, help="the autoencoder's is a quarter of it")
+    add("--scenes", type=cli.positive, default=40_000, help="whose latents are made once")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=cli.natural, default=0)
     args = parser.parse_args(arguments)
@@ -322,6 +341,7 @@ def main(arguments=None):
         tokenizer = make_tokenizer(texts(), Path(args.work) / "tokenizer")
         text_encoder, unet = make_text_encoder(tokenizer, args), make_unet(args)
     text_encoder, unet = make_denoiser(vae, text_encoder, unet, tokenizer, args)
+    polish_decoder(vae, args)
     write(args.out, vae, text_encoder, tokenizer, unet)
     print(f"{args.out}. Measure it: python eval.py --teacher-only --model world")
 
