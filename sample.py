@@ -37,7 +37,7 @@ from support.prompt_files import is_prompt_file, read_prompts
 
 PROMPTS = [
     *("cat face", "guitar on yellow", "penguin left of snowman", "volcano above sailboat"),
-    *("owl on green", "tiger face and watermelon", "hot pepper", "robot face and rainbow on white"),
+    *("owl on green", "sunflower and watermelon", "hot pepper", "robot face and rainbow on white"),
 ]
 
 
