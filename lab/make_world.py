@@ -109,7 +109,7 @@ def make_latents(vae, args):
     """Prompts of args.scenes scenes, and their latents (N, 8, 8, 8) of deviation 1."""
     generator = torch.Generator().manual_seed(args.seed + 3)
     prompts = world.prompts(args.scenes, generator)
-    path = Path(args.work) / "latents.pt"
+    path = Path(args.work) / f"latents-{args.scenes}-{args.seed}.pt"
     if not path.exists():
         latents = []
         for start in tqdm(range(0, args.scenes, 64), desc="latents"):
