@@ -33,17 +33,13 @@ from support.shards import SHARD, Shards, as_sample
 from support.weights import fingerprint
 
 # Names for --model.
-EMBEDDED = {
-    "emoji": ASSETS / "emoji_teacher",
-    "emoji-classes": ASSETS / "emoji_classes",
-    "world": ASSETS / "world_teacher",
-}
+EMBEDDED = {"world": ASSETS / "world_teacher", "emoji-classes": ASSETS / "emoji_classes"}
 WORLD_PROMPTS = 20_000  # that students of the embedded world are trained on
 
 
 def model_path(name):
     """What --model names: an embedded teacher, or a path or hub id as it is."""
-    return str(EMBEDDED.get(name or "emoji", name))
+    return str(EMBEDDED.get(name or "world", name))
 
 
 def is_embedded(model, name):
@@ -103,21 +99,14 @@ class Draws:
 
 
 class Prompts:
-    """What a student is trained on: full prompts, or, with `vary`, some that lack words."""
+    """What a student is trained on."""
 
-    def __init__(self, texts, vary=False):
-        self.texts, self.vary = texts, vary
+    def __init__(self, texts):
+        self.texts = texts
 
     def draw(self, draws):
         index = (draws.uniform() * len(self.texts)).long().tolist()
-        return self.pick(index, draws)
-
-    def pick(self, index, draws):
-        texts = [self.texts[i] for i in index]
-        if self.vary:
-            u = draws.uniform(2 + embedded.MAX_WORDS).tolist()
-            texts = [embedded.drop_words(text, u_i) for text, u_i in zip(texts, u)]
-        return texts
+        return [self.texts[i] for i in index]
 
 
 def warn_of_cut(model, prompts, most=100_000):
@@ -137,7 +126,7 @@ def warn_of_cut(model, prompts, most=100_000):
 
 
 def training_prompts(path, model):
-    """The prompts of a file; without one the model's own, else the embedded set's captions."""
+    """The prompts of a file; without one the model's own, else the embedded world's."""
     if model.conditions:
         return Prompts(model.conditions.texts)
     if path:
@@ -146,13 +135,11 @@ def training_prompts(path, model):
         return Prompts(prompts)
     if model.prompts:
         return Prompts(model.prompts)
-    if is_embedded(model, "world"):
-        drawn = world.prompts(WORLD_PROMPTS, torch.Generator().manual_seed(0))
-        return Prompts([str(prompt) for prompt in drawn])
-    return Prompts(embedded.captions(), vary=True)
+    drawn = world.prompts(WORLD_PROMPTS, torch.Generator().manual_seed(0))
+    return Prompts([str(prompt) for prompt in drawn])
 
 
-# ----------------------------------------------------------------------------- the embedded set
+# ----------------------------------------------------------------------------- embedded sets
 
 
 class Encoded:
@@ -194,50 +181,31 @@ class Scenes(Encoded):
         return self.latents(index), [str(self.captions[i]) for i in index.tolist()]
 
 
-class EmbeddedImages(Encoded):
-    """The embedded set as its teachers learnt it: at random places and sizes.
+class EmbeddedClasses(Encoded):
+    """The images of the class-conditional teacher as it learnt them: classes equally often, and of
+    each image some views, at random places and sizes."""
 
-    Each image has some views. groups: lists of indices; a draw chooses a group, then one of its
-    images.
-    """
-
-    def __init__(self, model, groups, views, width=1.0):
-        self.groups, self.views, self.width = groups, views, width
-        self.images = embedded.images(2 * model.image_size)
-        super().__init__(model, len(self.images) * views)
-        self.count = sum(map(len, groups)) * views
-        self.captions = Prompts(embedded.captions(), vary=True)
-
-    def image(self, i, generator):
-        return embedded.shift_and_scale(self.images[i // self.views, None], generator, self.width)
-
-    def view(self, u):
-        """One view's index from a number in [0, 1)."""
-        scaled = u * len(self.groups)
-        group = self.groups[int(scaled)]
-        place = int(scaled % 1 * len(group) * self.views)
-        return group[place // self.views] * self.views + place % self.views
-
-    def draw(self, draws):
-        """Latents (B, C, h, w) and B prompts."""
-        view = torch.tensor([self.view(u) for u in draws.uniform().tolist()])
-        return self.latents(view), self.prompts((view // self.views).tolist(), draws)
-
-    def prompts(self, index, draws):
-        return self.captions.pick(index, draws)
-
-
-class EmbeddedClasses(EmbeddedImages):
-    """The same for the class-conditional teacher: classes equally often."""
+    views = 16
 
     def __init__(self, model):
-        super().__init__(model, embedded.classes(), views=16, width=embedded.CLASS_WIDTH)
-        self.label = {}
-        for number, group in enumerate(self.groups):
-            self.label |= dict.fromkeys(group, str(number))
+        self.images, self.groups = embedded.images(), embedded.classes()
+        super().__init__(model, len(self.images) * self.views)
+        self.count = sum(map(len, self.groups)) * self.views
 
-    def prompts(self, index, draws):
-        return [self.label[i] for i in index]
+    def image(self, i, generator):
+        return embedded.shift_and_scale(self.images[i // self.views, None], generator)
+
+    def draw(self, draws):
+        """Images (B, 3, 16, 16) and B classes."""
+        views, prompts = [], []
+        for u in draws.uniform().tolist():
+            scaled = u * len(self.groups)
+            number = int(scaled)
+            place = int(scaled % 1 * len(self.groups[number]) * self.views)
+            i = self.groups[number][place // self.views]
+            views.append(i * self.views + place % self.views)
+            prompts.append(str(number))
+        return self.latents(torch.tensor(views)), prompts
 
 
 # ----------------------------------------------------------------------------- real data
@@ -269,8 +237,6 @@ def own_real_data(model):
         return own
     if is_embedded(model, "world"):
         return Scenes(model)
-    if is_embedded(model, "emoji"):
-        return EmbeddedImages(model, [range(len(embedded.captions()))], views=4)
     if is_embedded(model, "emoji-classes"):
         return EmbeddedClasses(model)
     raise UserError(
@@ -500,6 +466,7 @@ def main(arguments=None):
             bad = make_latents(args.out, config, model, args.bad_share)
         if args.what == "pairs":
             names = ("model", "prompts", "count", "steps", "guidance", "seed", "dtype")
+            args.guidance = args.guidance or model.default_guidance
             config = {name: getattr(args, name) for name in names}
             make_pairs(args.out, config, model, args.batch_size)
     except KeyboardInterrupt:

@@ -13,13 +13,13 @@ interrupted evaluation goes on. Delete parts/ when you are done: 50,000 images m
 
 What is measured depends on the model, or on --protocol (support/protocols.py):
 
-  alignment    (embedded set) share of samples whose nearest image of the set is right: it carries
-               all words of the prompt, or is of the class (support/judges/emoji.py)
-               World: shows just the objects of the prompt, on its colour and in its relation;
-               single, colour, two, position and unseen are its parts (support/judges/world.py)
-  coverage     (embedded set) distinct right images among 32 samples of a prompt, as a share of
-               those that exist; mean over the words cat, heart, moon, or over the classes, three
-               times. World: distinct colours and places, of 44
+  alignment    (world, emoji-classes) share of samples that are right. World: they show just the
+               objects of the prompt, on its colour and in its relation; single, colour, two,
+               position and unseen are its parts (support/judges/world.py). Classes: the nearest
+               image of the set is of the class (support/judges/classes.py)
+  coverage     distinct kinds among the right ones of 32 samples of a prompt, as a share of those
+               that exist; mean over some prompts, three times. World: colours and places, 44
+               kinds. Classes: the images of the class
   frechet      (embedded set) Frechet distance of Gaussians fitted to samples and to the set, on 80
                features (world: 160 of the judge). Few samples raise it; the row of real images
                shows what is left at best

@@ -248,6 +248,7 @@ def denoising_loss(x0_pred, x, weight):
 def health(x, x0_real, x0_fake):
     """Metrics that tell a run that learns from one that goes astray, one number a sample.
 
+        mean    mean of the sample: drifts when a run changes all colours
         std     deviation of the sample: rises when a run over-saturates, falls when it goes grey
         gap     |x0_real - x0_fake| / |x0_real - x|: how far the fake score is from the teacher, in
                 units of the teacher's correction. Near 0 the student has nothing to learn; far
@@ -261,6 +262,7 @@ def health(x, x0_real, x0_fake):
     to_real = x0_real - x
     to_fake = x0_fake - x
     return {
+        "mean": x.mean(1),
         "std": x.std(dim=1),
         "gap": (to_real - to_fake).norm(dim=1) / to_real.norm(dim=1).clamp(min=1e-12),
         "cosine": F.cosine_similarity(to_real, to_fake, dim=1),

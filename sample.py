@@ -1,7 +1,7 @@
 """Draw students beside their teacher: the same prompts and the same noise, one row a sampler.
 
     python sample.py                                              # the student of `python train.py`
-    python sample.py --prompts "cat face" "red apple" "crescent moon" # words ...
+    python sample.py --prompts "cat face" "tomato on red" "hot pepper" # words ...
     python sample.py --prompts prompts.txt --out grid.png         # ... or a file, one prompt a line
     python sample.py --student runs/mine --steps 4 1 --guidance 5   # rows for 4 and 1 student steps
     python sample.py --compare runs/one-step runs/dmd2                # several students
@@ -36,8 +36,8 @@ from support.cli import UserError
 from support.prompt_files import is_prompt_file, read_prompts
 
 PROMPTS = [
-    *("cat face with wry smile", "red apple", "crescent moon", "rocket"),
-    *("heart with arrow", "penguin", "hot beverage", "cat"),
+    *("frog face", "guitar on yellow", "rainbow above penguin", "alarm clock left of mushroom"),
+    *("birthday cake on green", "watermelon and purple heart", "butterfly", "fire engine on white"),
 ]
 
 

@@ -498,6 +498,7 @@ def test_health_metrics_on_known_tensors():
     x = torch.tensor([[0.0, 2.0, 0.0, 2.0]])
     x0_real, x0_fake = x + torch.tensor([[3.0, 0, 0, 0]]), x + torch.tensor([[0, 4.0, 0, 0]])
     metrics = losses.health(x, x0_real, x0_fake)
+    assert metrics["mean"].item() == pytest.approx(x.mean().item())
     assert metrics["std"].item() == pytest.approx(math.sqrt(4 / 3))
     assert metrics["gap"].item() == pytest.approx(5 / 3)
     assert metrics["cosine"].item() == pytest.approx(0)

@@ -474,7 +474,7 @@ def train(nets, sources, config, args, make_gallery):
     with runlog.StopAtSignal() as stop:
         fsdp.broadcast_from_main(checkpoint.write_config, out, config)
         gallery = make_gallery(out, nets, sources.prompts, args)
-        log = runlog.Log(out, gallery.teacher_std, start)
+        log = runlog.Log(out, gallery.teacher_figures, start)
         if start == 0:
             gallery.draw(0)
         tracker = runlog.Tracker(args.track, out, config)
@@ -568,6 +568,7 @@ def prepare(args, load_model=models.load_model, mesh=None):
         conditions=args.prompts if encoded else None,
     )
     sample.check_steps(model, args.student_steps, args.first_timestep)
+    args.guidance = args.guidance or model.default_guidance
     if model.prediction == "edm" and args.guidance != 1:
         fsdp.print_main(
             f"warning: --guidance {args.guidance:g}: EDM's networks learnt every image with its "

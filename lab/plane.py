@@ -31,7 +31,7 @@ import losses
 import models
 import sample
 import train
-from support import pictures
+from support import pictures, runlog
 from support.cli import UserError
 from support.families import Family, call_unet
 
@@ -134,7 +134,7 @@ class PointNetwork(ModelMixin, ConfigMixin):
         super().__init__()
         Linear, SiLU = torch.nn.Linear, torch.nn.SiLU
         self.embed_label = torch.nn.Embedding(labels + 1, width)
-        self.embed_time = torch.nn.Sequential(Linear(16, width), SiLU(), Linear(width, width))
+        self.time_embedding = torch.nn.Sequential(Linear(16, width), SiLU(), Linear(width, width))
         self.enter = Linear(2, width)
         self.down_block = torch.nn.Sequential(SiLU(), Linear(width, width), SiLU())
         unflatten = torch.nn.Unflatten(1, (width, 1, 1))
@@ -146,7 +146,7 @@ class PointNetwork(ModelMixin, ConfigMixin):
     def forward(self, sample, timestep, class_labels, return_dict=False):
         frequencies = torch.arange(1, 9, device=sample.device)
         angles = timestep[:, None] / self.config.steps * math.pi * frequencies
-        embedded = self.embed_time(torch.cat([angles.sin(), angles.cos()], 1))
+        embedded = self.time_embedding(torch.cat([angles.sin(), angles.cos()], 1))
         embedded = embedded + self.embed_label(class_labels)
         hidden = self.down_block(self.enter(sample.flatten(1)) + embedded)  # (B, width)
         output = self.up_blocks[0](self.mid_block(hidden))
@@ -426,7 +426,7 @@ class Gallery:
         self.noise = sample.column_noise(model, count, args.student_steps, args.seed)
         teacher = sample.TeacherSampler(model, 50, args.guidance)
         x = teacher.draw(self.noise, self.cond)
-        self.teacher_std = x.flatten(1).std(dim=1).mean().item()
+        self.teacher_figures = runlog.figures(x)
         self.teacher = (teacher.label, x[..., 0, 0], self.label, None)
 
     def draw(self, iteration):

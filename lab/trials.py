@@ -19,8 +19,8 @@ import sample
 import train
 from lab import plane
 from support import checkpoint, pictures
-from support.judges.emoji import EmojiJudge
 from support.judges.gauges import Gauges
+from support.judges.world import WorldJudge
 from support.metrics import COVERAGE_SAMPLES, Gaussian, metrics_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,8 @@ SAMPLES = 4096  # of a student on the plane
 @dataclass(frozen=True)
 class Trial:
     """train.py's flags, without the student's learning rate and the seed. probe: "untrained"
-    measures the network before any iteration; "ratio" measures density ratios as well."""
+    measures the network before any iteration; "ratio" measures density ratios as well; "told"
+    trains a fake score that knows the student's step."""
 
     world: str
     flags: str
@@ -66,11 +67,14 @@ def run_trial(out, trial, rate, seed):
     args = train.parse_arguments(trial.arguments(out, rate, seed))
     nets, sources = train.prepare(args, world.load_model)
     meter = world.meter(nets, args)
+    teller = StepTeller(nets) if trial.probe == "told" else None
     iterations = 0 if trial.probe == "untrained" else args.iterations
     metrics, latest = {"diverged": 0.0}, {}
     for iteration in range(iterations):
         try:
             batch = train.draw_batch(nets, sources, iteration, args)
+            if teller:
+                teller.step = nets.timesteps.index(int(batch.t_in[0]))
             latest |= train.iterate(nets, batch, iteration, args)
         except fsdp.NotFinite:
             metrics["diverged"] = 1.0
@@ -136,6 +140,25 @@ class PlaneMeter:
         x = self.draw()[:1024].clamp(-99, 99)
         panels = [("", x, self.label[:1024], None), ("", None, None, field)]
         plane.draw_panels(self.nets.model.mixture, panels, path)
+
+
+# ----------------------------------------------------------------------------- a told fake score
+
+
+class StepTeller:
+    """Tells the fake score which of the student's steps its input comes from: a trained vector for
+    each, 0 at first, joins the embedding of time. step: that of the batch."""
+
+    def __init__(self, nets):
+        embedding = nets.fake_score.denoiser.network.time_embedding
+        width = [p for p in embedding.parameters()][-1].shape[0]
+        self.vectors = torch.nn.Parameter(torch.zeros(len(nets.timesteps), width))
+        self.step = 0
+        embedding.register_forward_hook(self.tell)
+        nets.fake_optimizer.add_param_group({"params": [self.vectors]})
+
+    def tell(self, module, inputs, output):
+        return output + self.vectors[self.step]
 
 
 # ----------------------------------------------------------------------------- density ratios
@@ -226,40 +249,80 @@ def student_gradient(student, reading, h):
     return torch.cat([part.flatten() for part in gradient if part is not None])
 
 
-# ----------------------------------------------------------------------------- the embedded teacher
+# ----------------------------------------------------------------------------- in the world
 
 
-class EmojiMeter:
-    """eval.py's metrics on fewer samples: 100 captions, and 32 samples of each word."""
+BANDS = {"low": (0, 3), "middle": (3, 9), "high": (9, 99)}  # cycles an image
+
+
+def frequency_shares(change):
+    """Of the energy of a change of images (N, 3, H, W) in each band, the constant left out."""
+    side = change.shape[-1]
+    energy = torch.fft.fft2(change).abs().square().mean((0, 1))  # (H, W)
+    across = side * torch.fft.fftfreq(side)
+    radius = (across[:, None].square() + across.square()).sqrt()
+    energy[0, 0] = 0
+    shares = {}
+    for name, (low, high) in BANDS.items():
+        shares[name] = (energy[(radius >= low) & (radius < high)].sum() / energy.sum()).item()
+    return shares
+
+
+class SceneMeter:
+    """eval.py's metrics on fewer samples: 100 prompts, and 32 samples of each open prompt. Besides,
+    where in the spectrum the student's images have changed since it was untrained, and the
+    deviation of what teacher and fake score see in its samples."""
 
     def __init__(self, nets, args):
-        self.model, self.args, self.judge = nets.model, args, EmojiJudge()
+        self.nets, self.model, self.args, self.judge = nets, nets.model, args, WorldJudge()
         self.student = sample.StudentSampler(nets.averaged_student, nets.timesteps)
         self.prompts = self.judge.prompts(100, args.seed)
+        self.untrained = self.images(self.samples(self.prompts))
 
-    def images(self, prompts):
+    def samples(self, prompts):
         steps = self.args.student_steps
         noise = sample.column_noise(self.model, len(prompts), steps, self.args.seed)
-        x = sample.draw_in_batches(self.student, noise, self.model.encode(prompts), 50)
-        return self.model.decode(x)
+        return sample.draw_in_batches(self.student, noise, self.model.encode(prompts), 50)
+
+    def images(self, x):
+        return self.model.decode(x, 50)
 
     def on_the_way(self, latest):
         return {name: latest[name].item() for name in ("std", "gap")}
 
+    @torch.no_grad()
+    def seen(self, x, prompts):
+        """x0 of teacher and fake score, from the samples diffused to the middle timestep."""
+        nets, t = self.nets, len(self.nets.schedule) // 2
+        cond = self.model.encode(prompts)
+        x_t = nets.schedule.add_noise(x, sample.column_noise(self.model, len(x), 1, 1)[0], t)
+        return {"teacher": nets.teacher(x_t, t, cond), "fake": nets.fake_score(x_t, t, cond)[0]}
+
     def at_the_end(self):
-        words = [word for word in self.judge.open_prompts for _ in range(COVERAGE_SAMPLES)]
-        prompts = self.prompts + words
-        images = self.images(prompts)
+        repeated = [text for text in self.judge.open_prompts for _ in range(COVERAGE_SAMPLES)]
+        prompts = self.prompts + repeated
+        x = self.samples(prompts)
+        images = self.images(x)
         views = {"whole": images}
         judged = self.judge(images, views, prompts) | Gauges()(images, views, prompts)
         reference = {"layout": {"gaussian": Gaussian.of(self.judge.reference())}}
         count, seed = len(self.prompts), self.args.seed
         metrics = metrics_of(judged, prompts, count, reference, self.judge, seed)
-        return {name: metric.value for name, metric in metrics.items()}
+        metrics = {name: metric.value for name, metric in metrics.items()}
+        for name, x0 in self.seen(x[:50], prompts[:50]).items():
+            metrics[f"std_{name}"] = x0.std().item()
+        change = self.images(self.samples(self.prompts)) - self.untrained
+        if change.abs().max() > 0:
+            metrics |= frequency_shares(change)
+        return metrics
 
     def save_image(self, path):
-        strip = torch.cat(list(self.images(sample.PROMPTS)), 2)  # (3, H, all W)
-        pictures.save(pictures.to_pil(strip), path)
+        """Samples, and what teacher and fake score see in them."""
+        x = self.samples(sample.PROMPTS)
+        rows = []
+        for x0 in (x, *self.seen(x, sample.PROMPTS).values()):
+            rows.append(torch.cat(list(self.images(x0)), 2))  # (3, H, all W)
+        pictures.save(pictures.to_pil(torch.cat(rows, 1)), path)
 
 
 # ----------------------------------------------------------------------------- both worlds
@@ -288,13 +351,13 @@ WORLDS = {
         load_model=plane.load_model,
         meter=PlaneMeter,
     ),
-    "emoji": World(
+    "scenes": World(
         recipe=ROOT / "recipes" / "short.args",
         flags=("--dtype", "bf16"),
         learning_rates=("2e-4",),
         seeds=3,
         chosen_by="frechet",
         load_model=models.load_model,
-        meter=EmojiMeter,
+        meter=SceneMeter,
     ),
 }

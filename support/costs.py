@@ -310,9 +310,9 @@ def networks_without_weights(name, has_gan):
 
 # What a student is trained by -> flags of train.py.
 SETTINGS = {
-    "DMD2 without GAN": "--gan-weight 0",
-    "DMD2": "--gan-weight 5e-3",
-    "Decoupled DMD": "--variant decoupled",
+    "DMD2 without GAN": "--guidance 7.5 --fake-updates 5 --gan-weight 0",
+    "DMD2": "--guidance 7.5 --fake-updates 5 --gan-weight 5e-3",
+    "Decoupled DMD": "--guidance 7.5 --fake-updates 5 --variant decoupled",
 }
 
 

@@ -116,7 +116,7 @@ class Family:
     features: Callable = unet_features  # (what was read, x_t, cond) -> a map (B, C, h, w)
     can_cut: bool = True  # whether the blocks after it can be given a part of the batch
     lora_layers: tuple = UNET_LORA_LAYERS
-    guidance: float = 3.0  # the default scale
+    guidance: float = 1.0  # the default scale
     unguided: str = "guidance_scale=0"  # what the pipeline is called with to use none
 
 
@@ -401,14 +401,14 @@ QWEN |= {"unguided": "true_cfg_scale=1"}
 # The class of a diffusers pipeline (for EDM's networks, of the network) -> how it is used. The
 # default guidance is the pipeline's, in our convention, where 1 is none: Z-Image counts from 0.
 FAMILIES = {
-    "StableDiffusionPipeline": Family(call_unet, encode_sd),
-    "StableDiffusionXLPipeline": Family(call_sdxl_unet, encode_sdxl),
-    "UNet2DModel": Family(call_unet, encode_labels, reads="input", guidance=1.0),
+    "StableDiffusionPipeline": Family(call_unet, encode_sd, guidance=7.5),
+    "StableDiffusionXLPipeline": Family(call_sdxl_unet, encode_sdxl, guidance=5.0),
+    "UNet2DModel": Family(call_unet, encode_labels, reads="input"),
     "StableDiffusion3Pipeline": Family(call_sd3, encode_sd3, guidance=7.0, **TRANSFORMER),
     "SanaPipeline": Family(call_sana, encode_sana, guidance=4.5, **SANA),
     "ZImagePipeline": Family(call_z_image, encode_z_image, guidance=6.0, **Z_IMAGE),
     "Lumina2Pipeline": Family(call_lumina2, encode_gemma, guidance=4.0, **LUMINA2),
-    "FluxPipeline": Family(call_flux, encode_flux, guidance=1.0, **FLUX),
+    "FluxPipeline": Family(call_flux, encode_flux, **FLUX),
     "Flux2KleinPipeline": Family(call_flux2, encode_flux2, guidance=4.0, **FLUX2),
     "QwenImagePipeline": Family(call_qwen_image, encode_qwen_image, guidance=4.0, **QWEN),
 }

@@ -79,20 +79,20 @@ def add_method_flags(group):
         help="the teacher: Stable Diffusion 1.5, 2 or XL as a diffusers directory, hub id or "
         ".safetensors file; a flow model (SD3, SANA, Z-Image, Lumina 2, FLUX, FLUX.2 klein, "
         "Qwen-Image) as one of the former two; EDM's .pkl or UNet2DModel directory; emoji-classes, "
-        "the embedded one of that kind (default: emoji, the embedded text-to-image teacher)",
+        "the embedded one of that kind (default: world, the embedded text-to-image teacher)",
     )
     add_image_size(add)
     add(
         "--prompts",
         metavar="FILE",
         help="training prompts: .txt, .csv, .json, .jsonl, .parquet or .pkl, or the folder that "
-        "`data.py prompts` wrote (default: the embedded set's)",
+        "`data.py prompts` wrote (default: the embedded world's)",
     )
     add(
         "--real",
         metavar="PATH",
         help="real data, for the GAN and --student-input data: latents or pixels made by data.py, "
-        "a folder of images with captions, or DMD2's LMDB (default: the embedded set)",
+        "a folder of images with captions, or DMD2's LMDB (default: the embedded teachers' own)",
     )
     add(
         "--variant",
@@ -113,13 +113,18 @@ def add_method_flags(group):
         default="backward",
         help="the student trains on its own earlier steps or on noised real data",
     )
-    add("--guidance", type=cli.positive_number, default=3.0, help="of the teacher; 1 is none")
+    add(
+        "--guidance",
+        type=cli.positive_number,
+        metavar="W",
+        help="of the teacher; 1 is none (default: its own, 7.5 for Stable Diffusion and world)",
+    )
     add(
         "--fake-updates",
         type=cli.positive,
-        default=5,
+        default=2,
         metavar="K",
-        help="fake-score updates for each of the student's",
+        help="fake-score updates for each of the student's; DMD2 has 5 to 10",
     )
     add("--dm-weight", type=cli.weight, default=1.0, help="of distribution matching")
     add("--ca-weight", type=cli.weight, default=1.0, help="of CFG augmentation")
@@ -225,9 +230,9 @@ def add_method_flags(group):
 def add_optimisation_flags(group):
     add = group.add_argument
     add("--iterations", type=cli.positive, default=600, help="fake-score updates in all")
-    add("--batch-size", type=cli.positive, default=32, help="over all ranks")
-    add("--learning-rate", type=cli.positive_number, default=2e-4, help="of the student")
-    add("--fake-learning-rate", type=cli.positive_number, default=2e-4, help="of the fake score")
+    add("--batch-size", type=cli.positive, default=16, help="over all ranks")
+    add("--learning-rate", type=cli.positive_number, default=5e-4, help="of the student")
+    add("--fake-learning-rate", type=cli.positive_number, default=5e-4, help="of the fake score")
     add("--warmup", type=cli.natural, default=50, help="iterations until the rates are reached")
     add("--clip", type=cli.weight, default=10.0, help="largest norm of a gradient; 0 is any")
     add(
@@ -278,7 +283,7 @@ def announce_train(args):
     if args.resume is not None:
         return f"going on with {args.resume or args.out or f'runs/{args.variant}'}; loading"
     return (
-        f"{args.variant}: teacher {args.model or 'emoji'}, {args.iterations} iterations of "
+        f"{args.variant}: teacher {args.model or 'world'}, {args.iterations} iterations of "
         f"{args.batch_size} samples, into {args.out or f'runs/{args.variant}'}; loading"
     )
 
@@ -365,7 +370,7 @@ def add_student_flags(parser):
     add(
         "--guidance",
         type=cli.positive_number,
-        help="of the teacher (default: what the student was distilled with, else 3; 1 of classes)",
+        help="of the teacher (default: what the student was distilled with, else its own)",
     )
     add("--seed", type=cli.natural, default=0, help="of the noise")
     add_device_flags(parser, "float32", "bfloat16", "float16", default="float32")
@@ -414,7 +419,7 @@ def eval_parser(doc):
     add(
         "--protocol",
         metavar="NAME",
-        help="imagenet64-50k, coco30k-256, coco10k-512, emoji, emoji-classes or as-is: what is "
+        help="imagenet64-50k, coco30k-256, coco10k-512, world, emoji-classes or as-is: what is "
         "drawn, how it is cut and resized, what compares with it (default: by the model)",
     )
     add("--samples", type=cli.positive, help="(default: the protocol's)")
@@ -455,7 +460,9 @@ def data_parser(doc):
     pairs = parser.add_argument_group("pairs")
     pairs.add_argument("--count", type=cli.positive, default=4096)
     pairs.add_argument("--steps", type=cli.positive, default=50, help="of the teacher's sampler")
-    pairs.add_argument("--guidance", type=cli.positive_number, default=3.0)
+    pairs.add_argument(
+        "--guidance", type=cli.positive_number, metavar="W", help="(default: the teacher's own)"
+    )
     pairs.add_argument("--seed", type=cli.natural, default=0)
     pairs.add_argument("--batch-size", type=cli.positive, default=16, help="samples drawn at once")
     images = parser.add_argument_group("latents and pixels")

@@ -9,7 +9,7 @@ schedulers would make others:"""
 
 
 def model_card(model, timesteps, config):
-    teacher = config["model"] or "assets/emoji_teacher"
+    teacher = config["model"] or "assets/world_teacher"
     steps = f"{len(timesteps)} step" + "s" * (len(timesteps) > 1)
     pipeline = type(model.pipe).__name__
     if not pipeline.endswith("Pipeline"):  # the plane, EDM: no pipeline of diffusers draws with it

@@ -108,15 +108,6 @@ PROTOCOLS = {
         "main/sdxl/test_folder_sdxl.py, main/coco_eval/coco_evaluator.py, "
         "experiments/sdxl/README.md.",
     ),
-    "emoji": Protocol(
-        samples=300,
-        size=64,
-        views={"whole": None},
-        resize="tensorflow",
-        prompts="captions",
-        about="full captions of the embedded set, drawn without replacement by the seed; judged by "
-        "the set itself",
-    ),
     "world": Protocol(
         samples=750,
         size=64,

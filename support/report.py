@@ -93,7 +93,7 @@ def health_of(path):
                 rows.append(json.loads(line))
     rows = [row for row in rows if is_row(row) and row["iteration"] <= last][-50:]
     means = {}
-    for name in ("std", "gap", "cosine", "dm", "ca", "logit_accuracy", "fake_loss"):
+    for name in ("mean", "std", "gap", "cosine", "dm", "ca", "logit_accuracy", "fake_loss"):
         values = [row[name] for row in rows if name in row]
         if values:
             means[name] = sum(values) / len(values)

@@ -23,9 +23,13 @@ from support.checkpoint import explain_failed_write, replace_text
 from support.cli import UserError
 
 LOG_EVERY = 10
-# Where the health metrics of a run that goes well stay; see losses.health. std is relative to the
-# teacher's samples.
+# Where the health metrics of a run that goes well stay; see losses.health and docs/health.md. mean
+# and std are relative to the teacher's samples, see relative.
 HEALTHY = {
+    "mean": (
+        *(-0.5, 0.5),
+        "the student's colours drift: try a lower --learning-rate or a higher --fake-updates",
+    ),
     "std": (
         *(0.7, 1.4),
         "below the student goes grey, above it over-saturates: try a lower --guidance or rate",
@@ -36,7 +40,32 @@ HEALTHY = {
     ),
 }
 COLLAPSED = 10.0  # times the teacher's std: nothing is left to be saved
-CURVES = ("fake_loss", "dm", "ca", "std", "gap", "cosine", "student_grad_norm", "logit_accuracy")
+CURVES = ("fake_loss", "dm", "ca", "mean", "std", "gap", "cosine", "student_grad_norm")
+CURVES += ("logit_accuracy",)
+
+
+def figures(x):
+    """Mean and deviation of samples (B, ...), with which a student's are compared."""
+    return {"mean": x.mean().item(), "std": x.flatten(1).std(dim=1).mean().item()}
+
+
+def relative(name, value, teacher):
+    """A health metric in units that are the same for all models: std as a share of the teacher's,
+    and mean as the distance from the teacher's in its std."""
+    if name == "std":
+        return value / teacher["std"]
+    return (value - teacher["mean"]) / teacher["std"] if name == "mean" else value
+
+
+def unhealthy(rows, teacher):
+    """{name: value} of the health metrics that are out of range in the mean of the last 50 rows, so
+    that one odd batch raises no alarm. teacher: figures of its samples."""
+    found = {}
+    for name, (low, high, _) in HEALTHY.items():
+        values = [relative(name, row[name], teacher) for row in rows[-50:] if name in row]
+        if values and not low <= sum(values) / len(values) <= high:
+            found[name] = sum(values) / len(values)
+    return found
 
 
 def describe(nets, sources, args):
@@ -81,9 +110,9 @@ class Log:
     warning for each health metric that leaves its range. All ranks keep the rows, the main rank
     writes."""
 
-    def __init__(self, out, teacher_std, iteration):
+    def __init__(self, out, teacher_figures, iteration):
         self.path = Path(out) / "metrics.jsonl"
-        self.teacher_std = teacher_std
+        self.teacher = teacher_figures
         self.warned = set()
         self.waiting = {}  # tensors of this rank since the last row
         self.rows = fsdp.broadcast_from_main(self.read, iteration)
@@ -123,28 +152,23 @@ class Log:
         return row
 
     def check_health(self, row, args):
-        """Warn by means over the last 50 rows, so that one odd batch raises no alarm; stop a run
-        whose samples' spread is far beyond the teacher's."""
-        if row.get("std", 0) > COLLAPSED * self.teacher_std and not args.keep_going:
+        """Warn once of each metric that leaves its range; stop a run whose samples' spread is far
+        beyond the teacher's."""
+        if row.get("std", 0) > COLLAPSED * self.teacher["std"] and not args.keep_going:
             raise UserError(
                 f"stopped at iteration {row['iteration']}: the student has collapsed, the std of "
-                f"its samples is {row['std']:.3g} and of the teacher's {self.teacher_std:.3g}. "
+                f"its samples is {row['std']:.3g} and of the teacher's {self.teacher['std']:.3g}. "
                 f"{args.out}/student is of the last save; try a lower --learning-rate or "
                 "--guidance, or --keep-going",
                 status=1,
             )
-        for name, (low, high, meaning) in HEALTHY.items():
-            values = [row[name] for row in self.rows[-50:] if name in row]
-            if not values or name in self.warned:
-                continue
-            value = sum(values) / len(values)
-            if name == "std":
-                value /= self.teacher_std
-            if not low <= value <= high:
+        for name, value in unhealthy(self.rows, self.teacher).items():
+            low, high, meaning = HEALTHY[name]
+            if name not in self.warned:
                 self.warned.add(name)
                 fsdp.print_main(
                     f"warning: the health metric {name} is {value:.2f}, outside [{low}, {high}]: "
-                    f"{meaning}"
+                    f"{meaning} (docs/health.md)"
                 )
 
     def draw_curves(self):
@@ -152,11 +176,13 @@ class Log:
             return
         curves = []
         for name in CURVES:
-            points = [(row["iteration"], row[name]) for row in self.rows if name in row]
-            scale = self.teacher_std if name == "std" else 1.0
-            band = HEALTHY.get(name, (None, None))[:2]
-            band = None if band[0] is None else (scale * band[0], scale * band[1])
-            level = self.teacher_std if name == "std" else None
+            points = [
+                (row["iteration"], relative(name, row[name], self.teacher))
+                for row in self.rows
+                if name in row
+            ]
+            band = HEALTHY[name][:2] if name in HEALTHY else None
+            level = {"mean": 0.0, "std": 1.0}.get(name)  # the teacher's
             if points:
                 curves.append(pictures.Curve(name, points, band, level))
         pictures.draw_curves(curves, self.path.parent / "curves.png")
@@ -189,7 +215,7 @@ class Gallery:
         self.prompts, self.noise = chosen[:count], noise[:, :count]
         self.cond = model.encode(self.prompts)
         self.batch = args.micro_batch or count
-        self.teacher_std = self.x_teacher.flatten(1).std(dim=1).mean().item()
+        self.teacher_figures = figures(self.x_teacher)
 
     def teacher_samples(self, noise, prompts):
         """What the run keeps of the teacher's samples, for itself and for resumes; else drawn."""

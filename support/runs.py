@@ -102,9 +102,10 @@ def check_arguments(args):
         )
     if args.regression_weight > 0 and not args.pairs:
         model = f" --model {args.model}" if args.model else ""
+        guidance = f" --guidance {args.guidance:g}" if args.guidance else ""
         raise UserError(
             "--regression-weight needs noise-image pairs: make them by `python data.py pairs --out "
-            f"DIR{model} --guidance {args.guidance:g}` and name them by --pairs DIR, or leave the "
+            f"DIR{model}{guidance}` and name them by --pairs DIR, or leave the "
             "regression out by --regression-weight 0"
         )
     weights = ("dm", "ca", "gan", "regression", "mean_variance")

@@ -27,7 +27,7 @@ def float32_everywhere(device):
 
 
 @pytest.fixture(scope="session")
-def emoji():
+def teacher():
     """The embedded teacher. It belongs to all tests: leave it as it is."""
     return models.load_model(data.model_path(None))
 

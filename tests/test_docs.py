@@ -19,7 +19,7 @@ NOT_RUN = ("pip", "pytest", "hf", "curl")
 NEED_WEIGHTS = ("--inception",)
 
 # What stands in for the weights and data of the pages.
-TEACHER = str(ROOT / "assets" / "emoji_teacher")
+TEACHER = str(ROOT / "assets" / "world_teacher")
 EDM = str(ROOT / "assets" / "edm" / "edm_tiny.pkl")
 STANDS_FOR = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": TEACHER,
@@ -50,7 +50,8 @@ TINY = {
     "lab.claims": "--list",
     "lab.faults": "--help",
     "lab.fuzz": "--mutations 1",
-    "lab.make_teacher": "--help",
+    "lab.make_classes": "--help",
+    "lab.make_world": "--help",
     "support.costs flops": "--help",
     "support.benchmark": "--batch-size 2 --iterations 2 --device cpu --dtype fp32",
 }

@@ -162,22 +162,17 @@ def test_a_table_without_a_row_for_no_label_gets_one(model):
 
 def test_the_maker_of_the_class_conditional_teacher_resumes_and_writes_a_network(tmp_path):
     flags = [
-        "classes",
         "--work",
         tmp_path / "work",
         "--out",
         tmp_path / "teacher",
         "--batch-size",
         4,
-        "--limit",
-        3,
-        "--dtype",
-        "float32",
         "--device",
         "cpu",
     ]
-    assert run("lab.make_teacher", *flags, "--class-iterations", 2) == 0
-    assert run("lab.make_teacher", *flags, "--class-iterations", 3) == 0
+    assert run("lab.make_classes", *flags, "--iterations", 2) == 0
+    assert run("lab.make_classes", *flags, "--iterations", 3) == 0
     assert torch.load(tmp_path / "work" / "classes.pt", weights_only=True)["iteration"] == 3
     made, embedded = (
         models.load_model(tmp_path / "teacher"),
@@ -450,7 +445,7 @@ def test_every_recipe_trains_and_its_student_draws(classes, tmp_path, recipe):
 def test_the_teacher_s_steps_are_those_of_its_family(model):
     assert (
         sample.teacher_steps(model) == 18
-        and sample.teacher_steps(models.load_model(data.EMBEDDED["emoji"])) == 50
+        and sample.teacher_steps(models.load_model(data.EMBEDDED["world"])) == 50
     )
 
 

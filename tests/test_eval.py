@@ -22,9 +22,9 @@ from support import edm, metrics, protocols, students
 from support.cli import UserError
 from support.families import FAMILIES
 from support.judges.clip import Clip
-from support.judges.emoji import EmojiJudge
 from support.judges.gauges import Gauges
 from support.judges.pickscore import PickScore
+from support.judges.world import WorldJudge
 from support.protocols import PROTOCOLS
 from tests.tiny import run
 
@@ -572,7 +572,8 @@ def clip_folder(tmp_path_factory):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     folder = tmp_path_factory.mktemp("clip") / "tiny-clip"
-    tokenizer = CLIPTokenizer.from_pretrained(data.EMBEDDED["emoji"] / "tokenizer")
+    words = data.EMBEDDED["world"] / "tokenizer"
+    tokenizer = CLIPTokenizer.from_pretrained(words, model_max_length=24)
     torch.manual_seed(0)
     text = dict(
         vocab_size=len(tokenizer),
@@ -580,7 +581,7 @@ def clip_folder(tmp_path_factory):
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=12,
+        max_position_embeddings=24,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
@@ -630,7 +631,7 @@ def clip_by_hand(folder, image, tokens, prepare):
 )
 def test_clip_score_and_pickscore_equal_a_hand_computation(clip_folder, prompt):
     """The longer prompt is cut, and its last token is the end token again."""
-    tokenizer, length = CLIPTokenizer.from_pretrained(clip_folder), 12
+    tokenizer, length = CLIPTokenizer.from_pretrained(clip_folder), 24
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     words = lambda text: tokenizer(text, add_special_tokens=False).input_ids
     cut = [start, *words(prompt)[: length - 2], end]
@@ -827,12 +828,12 @@ def test_a_checkpoint_of_a_lora_is_a_student_of_its_own_teacher_alone(tmp_path):
         )
         == 0
     )
-    model = models.load_model(data.EMBEDDED["emoji"])
+    model = models.load_model(data.EMBEDDED["world"])
     checkpoint, merged = (
         students.load_student(tmp_path / "run" / "checkpoints" / "000002", model),
         students.load_student(tmp_path / "run", model),
     )
-    x, cond = torch.randn(2, *model.sample_shape), model.encode(["cat", "rocket"])
+    x, cond = torch.randn(2, *model.sample_shape), model.encode(["cat face", "rainbow"])
     torch.testing.assert_close(checkpoint(x, 999, cond), merged(x, 999, cond), rtol=1e-3, atol=1e-3)
     assert not torch.equal(checkpoint(x, 999, cond), model.denoiser(x, 999, cond))
     with torch.no_grad():
@@ -881,8 +882,8 @@ def test_prompts_of_a_class_conditional_model_are_labels_or_names(tmp_path, caps
 
 def test_a_text_model_with_prompts_of_a_file(clip_folder, tmp_path, capsys):
     """A model that is not embedded: as-is, repeated prompts for diversity, and CLIP."""
-    shutil.copytree(data.EMBEDDED["emoji"], tmp_path / "model")
-    (tmp_path / "prompts.txt").write_text("cat face\nred apple\nrocket\n")
+    shutil.copytree(data.EMBEDDED["world"], tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("cat face\ntomato on blue\nrainbow\n")
     flags = [
         "--model",
         tmp_path / "model",
@@ -975,13 +976,13 @@ def test_bad_input(flags, says, tmp_path, capsys):
 
 def test_the_embedded_set_judges_images_with_captions_only(tmp_path, capsys):
     folder = write_images(tmp_path / "some", 2, size=64)
-    assert run("eval", "--protocol", "emoji", "--images", folder, "--out", tmp_path / "out") == 2
-    assert "nothing in the embedded set is right for the prompt ''" in capsys.readouterr().err
-    for i, caption in enumerate(("cat face", "red apple")):
-        own = EmojiJudge().real([caption], seed=i)[0]
+    assert run("eval", "--protocol", "world", "--images", folder, "--out", tmp_path / "out") == 2
+    assert "the embedded world has no scene ''" in capsys.readouterr().err
+    for i, caption in enumerate(("cat face", "guitar above rainbow")):
+        own = WorldJudge().real([caption], seed=i)[0]
         protocols.to_pil(own).save(folder / f"{i:03d}.png")
         (folder / f"{i:03d}.txt").write_text(caption)
-    assert run("eval", "--protocol", "emoji", "--images", folder, "--out", tmp_path / "out") == 0
+    assert run("eval", "--protocol", "world", "--images", folder, "--out", tmp_path / "out") == 0
     assert rows(tmp_path / "out")[str(folder)]["alignment"]["value"] == 1
 
 

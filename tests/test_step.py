@@ -309,7 +309,7 @@ def test_what_does_nothing_is_warned_of(capsys):
     assert "without guidance CA is 0" in printed and "it is DMD2" in printed
 
 
-ONE_PASS = ["--model gmm", "--model emoji", "--model emoji-classes --guidance 1"]
+ONE_PASS = ["--model gmm", "--model world", "--model emoji-classes --guidance 1"]
 
 
 @pytest.mark.parametrize("flags", ONE_PASS)
@@ -331,7 +331,7 @@ def test_samples_and_real_data_in_one_pass_have_the_gradients_of_two(flags):
     largest = max(gradient.abs().max() for gradient in two.values())
     assert len(one) == len(two) and largest > 0
     for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=5e-6 * largest.item(), rtol=0)
+        torch.testing.assert_close(one[name], two[name], atol=3e-5 * largest.item(), rtol=0)
 
 
 def gradients_of(module, x0, logits):

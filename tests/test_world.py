@@ -95,7 +95,10 @@ def test_the_judge_is_right_about_real_scenes_and_sees_what_is_wrong(judge):
     assert set(metrics) == {"alignment", *(category.name for category in CATEGORIES)}
     assert min(metric.value for metric in metrics.values()) > 0.97
     others = [*prompts[5:], *prompts[:5]]  # of the same category
-    assert (judge(images, {"whole": images}, others)["kind"] >= 0).float().mean() < 0.02
+    kinds = judge(images, {"whole": images}, others)["kind"].tolist()
+    asked = [set(world.read_prompt(text).objects) for text in prompts]
+    wrong = [kinds[i] for i in range(200) if set(world.read_prompt(others[i]).objects) != asked[i]]
+    assert len(wrong) > 180 and max(wrong) == -1
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
     assert (judge(noise, {"whole": noise}, prompts)["kind"] >= 0).float().mean() < 0.05
 
@@ -137,7 +140,7 @@ def test_kinds_of_open_prompts_differ_by_place_and_background(judge):
     assert set(judge_file.OPEN) <= set(world.names())
     images = world.scenes([prompt] * 300, torch.Generator().manual_seed(0)).float() / 255
     kinds = judge(images, {"whole": images}, ["guitar"] * 300)["kind"]
-    assert (kinds < 0).sum() < 3 and kinds.max() < judge.kinds("guitar")
+    assert kinds.min() >= 0 and kinds.max() < judge.kinds("guitar")
     assert len(kinds.unique()) > 25
 
 
@@ -176,7 +179,7 @@ def test_the_maker_of_the_judge_makes_one_that_loads(tmp_path, monkeypatch, caps
 
 
 def test_the_maker_of_the_teacher_resumes_and_writes_what_loads(tmp_path, monkeypatch, capsys):
-    stages = ("autoencoder", "text", "object", "scene")
+    stages = ("autoencoder", "text", "object", "scene", "decoder")
     flags = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "teacher")]
     flags += ["--scenes", "40", "--batch-size", "8", "--device", "cpu"]
     for stage in stages:
@@ -188,12 +191,13 @@ def test_the_maker_of_the_teacher_resumes_and_writes_what_loads(tmp_path, monkey
     more = ["--init", str(tmp_path / "teacher"), "--work", str(tmp_path / "more")]
     make_world.main([*flags, *more, "--out", str(tmp_path / "again")])
     assert not (tmp_path / "more" / "objects.pt").exists()
-    names = [Path(part) / "diffusion_pytorch_model.safetensors" for part in ("vae", "unet")]
-    same = []
-    for name in names:
+    same = {}
+    for part in ("vae", "unet"):
+        name = Path(part) / "diffusion_pytorch_model.safetensors"
         one, two = (load_file(tmp_path / folder / name) for folder in ("teacher", "again"))
-        same.append(all(torch.equal(one[key], two[key]) for key in one))
-    assert same == [True, False]
+        for key in one:
+            same.setdefault(key.split(".")[0], []).append(torch.equal(one[key], two[key]))
+    assert all(same["encoder"]) and not any(map(all, (same["decoder"], same["up_blocks"])))
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "teacher", dtype=torch.float32)
     image = pipe("cat face", num_inference_steps=2, output_type="pt").images
     assert image.shape == (1, 3, 64, 64)
@@ -216,15 +220,17 @@ def check_data(model, monkeypatch):
     draws = [data.Draws(0, index, 4) for index in (0, 1, 0)]
     (x, texts), (other, _), (again, same) = (real.draw(draw) for draw in draws)
     assert torch.equal(x, again) and texts == same and not torch.equal(x, other)
-    i = real.captions.index(world.read_prompt(texts[0]))
-    generator = torch.Generator().manual_seed(data.mix_seed(i, 0))
-    image = world.scenes([real.captions[i]], generator)
-    assert torch.equal(model.encode_images(data.as_sample(image)), x[:1])
+    matches = 0
+    for i, caption in enumerate(real.captions):
+        if caption == world.read_prompt(texts[0]):
+            image = world.scenes([caption], torch.Generator().manual_seed(data.mix_seed(i, 0)))
+            matches += torch.equal(model.encode_images(data.as_sample(image)), x[:1])
+    assert matches == 1
 
 
 def test_text_is_taught_at_the_last_tokens_of_names(tmp_path):
     """What a state tells is checked against the very words of its token."""
-    tokenizer = make_world.make_tokenizer(make_world.texts(), tmp_path, make_world.MAX_TOKENS)
+    tokenizer = make_world.make_tokenizer(make_world.texts(), tmp_path)
     for u in numbers(200):
         prompt = world.draw_prompt(u)
         ids = tokenizer(str(prompt)).input_ids

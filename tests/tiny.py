@@ -30,7 +30,7 @@ from support import export
 from support.cli import UserError
 from support.pipelines import quiet_libraries
 
-PROMPTS = ["red apple", "cat face with wry smile", "rocket", "a heart with an arrow in it"]
+PROMPTS = ["tomato", "cat face on blue", "rainbow", "guitar left of panda face"]
 
 
 # ----------------------------------------------------------------------------- commands
@@ -126,7 +126,7 @@ def write_pipeline(folder, name, seed=0, scheduler=None, **unet_options):
     images of 16x16."""
     quiet_libraries()
     torch.manual_seed(seed)
-    tokenizer = CLIPTokenizer.from_pretrained(data.EMBEDDED["emoji"] / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(data.EMBEDDED["world"] / "tokenizer")
     betas = SD_BETAS | (scheduler or {})
     first = make_text_encoder(CLIPTextModel, 32, "quick_gelu", tokenizer)
     if name == "sd15":

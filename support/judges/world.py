@@ -41,7 +41,7 @@ class Block(torch.nn.Module):
 
 
 class Reader(torch.nn.Module):
-    """(B, 3, 64, 64) in [0, 1] -> logits (B, 301, 16, 16) of what each cell shows, 0 being the
+    """(B, 3, 64, 64) in [0, 1] -> logits (B, 33, 16, 16) of what each cell shows, 0 being the
     background, and features (B, 160)."""
 
     def __init__(self):
