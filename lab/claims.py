@@ -36,6 +36,7 @@ from support.cli import UserError
 # Two-sided 5 % points of Student's t for 1, 2, ... degrees of freedom; the last for more.
 T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.2)
 UNTRAINED = "untrained"
+SEEDS = 5
 
 # What a difference must be to matter, by which the number of seeds is chosen.
 MATTERS = {
@@ -48,7 +49,7 @@ MATTERS = {
     "var h": 0.2,
     "grad noise": 1.0,
     "alignment": 0.05,
-    "frechet": 1.0,
+    "frechet": 10.0,
     "coverage": 0.05,
     "std": 0.2,
     "low": 0.1,
@@ -684,7 +685,7 @@ def parse_arguments(arguments=None):
     add = parser.add_argument
     add("--world", choices=WORLDS, default="plane", help="the teacher that claims are tried on")
     add("--claim", type=cli.positive, nargs="+", metavar="N", help="(default: all)")
-    add("--seeds", type=cli.positive, help="(default: 5; 3 for scenes)")
+    add("--seeds", type=cli.positive, default=SEEDS, help="of each arm (default: %(default)s)")
     add("--iterations", type=cli.positive, help="of every run, for a quick look")
     jobs = multiprocessing.cpu_count()
     add("--jobs", type=cli.positive, default=jobs, help="runs at a time, one core each")
@@ -696,7 +697,6 @@ def parse_arguments(arguments=None):
         if number not in known:
             listed = ", ".join(map(str, known))
             parser.error(f"there is no claim {number} for {args.world}; there are {listed}")
-    args.seeds = args.seeds or WORLDS[args.world].seeds
     return args
 
 
@@ -757,7 +757,7 @@ def main(arguments=None):
         parts.append("claims-" + "-".join(map(str, args.claim)))
     if args.iterations:
         parts.append(f"iterations-{args.iterations}")
-    if args.seeds != WORLDS[args.world].seeds:
+    if args.seeds != SEEDS:
         parts.append(f"seeds-{args.seeds}")
     folder = out / "-".join(parts)
     folder.mkdir(exist_ok=True)

@@ -335,7 +335,6 @@ class World:
     recipe: Path
     flags: tuple
     learning_rates: tuple
-    seeds: int
     chosen_by: str
     load_model: Callable
     meter: type
@@ -346,16 +345,14 @@ WORLDS = {
         recipe=ROOT / "recipes" / "plane.args",
         flags=(),
         learning_rates=("5e-4", "2e-3"),
-        seeds=5,
         chosen_by="kl",
         load_model=plane.load_model,
         meter=PlaneMeter,
     ),
     "scenes": World(
         recipe=ROOT / "recipes" / "short.args",
-        flags=("--dtype", "bf16"),
-        learning_rates=("2e-4",),
-        seeds=3,
+        flags=(),
+        learning_rates=("5e-4",),
         chosen_by="frechet",
         load_model=models.load_model,
         meter=SceneMeter,

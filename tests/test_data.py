@@ -224,8 +224,8 @@ def test_latents_and_pairs_are_shared_out_under_torchrun(folders, prompts, image
     status, printed = faults.torchrun("data.py", *pairs.split(), "--out", tmp_path / "shared")
     assert status == 0, printed
     call(data, f"{pairs} --out {tmp_path}/alone")
-    alone = data.Pairs(tmp_path / "alone", sd15, 3.0)
-    shared = data.Pairs(tmp_path / "shared", sd15, 3.0)
+    alone = data.Pairs(tmp_path / "alone", sd15, sd15.default_guidance)
+    shared = data.Pairs(tmp_path / "shared", sd15, sd15.default_guidance)
     assert alone.count == 300 and alone.digests == shared.digests
 
 
