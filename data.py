@@ -33,7 +33,11 @@ from support.shards import SHARD, Shards, as_sample
 from support.weights import fingerprint
 
 # Names for --model.
-EMBEDDED = {"world": ASSETS / "world_teacher", "emoji-classes": ASSETS / "emoji_classes"}
+EMBEDDED = {
+    "world": ASSETS / "world_teacher",
+    "world-flow": ASSETS / "world_flow",
+    "emoji-classes": ASSETS / "emoji_classes",
+}
 WORLD_PROMPTS = 20_000  # that students of the embedded world are trained on
 
 
@@ -42,8 +46,12 @@ def model_path(name):
     return str(EMBEDDED.get(name or "world", name))
 
 
-def is_embedded(model, name):
-    return Path(model.name).resolve() == EMBEDDED[name]
+def embedded_set(model):
+    """What an embedded teacher has learnt: "world" or "emoji-classes"; None for another one."""
+    for name, path in EMBEDDED.items():
+        if Path(model.name).resolve() == path:
+            return name.removesuffix("-flow")
+    return None
 
 
 # ----------------------------------------------------------------------------- random numbers
@@ -235,9 +243,9 @@ def own_real_data(model):
     own = model.own_real_data()
     if own is not None:
         return own
-    if is_embedded(model, "world"):
+    if embedded_set(model) == "world":
         return Scenes(model)
-    if is_embedded(model, "emoji-classes"):
+    if embedded_set(model) == "emoji-classes":
         return EmbeddedClasses(model)
     raise UserError(
         f"--gan-weight and --student-input data need real data, of which there is none for "

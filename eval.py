@@ -299,8 +299,7 @@ class Setting:
 
 
 def default_protocol(model):
-    place = model and Path(model.name).resolve()
-    return {path: name for name, path in data.EMBEDDED.items()}.get(place, "as-is")
+    return (model and data.embedded_set(model)) or "as-is"
 
 
 # ----------------------------------------------------------------------------- command line

@@ -2,7 +2,7 @@
 
     python -m lab.claims                   # every claim on the plane, about 40 minutes on two cores
     python -m lab.claims --claim 1 9         # these two
-    python -m lab.claims --world scenes  # claims 6, 7, 9, 10, 14, 15, 16 on the embedded teacher
+    python -m lab.claims --world scenes  # claims 6, 7, 9, 10, 14-16, 22 on the embedded teacher
     python -m lab.claims --list              # what is claimed, and every arm as a command
 
 A claim compares arms, each a set of train.py's flags. All arms have the same budget (iterations,
@@ -90,6 +90,10 @@ CA_ALONE = (
     "CA alone: variance grows without bound; DM alone is stable but lags; both together do best"
 )
 SCHEDULES = "Schedules: hybrid is best, then constrained, then full, then coupled"
+TOLD = (
+    "Our own question: a fake score that is told which of the student's steps it sees betters four "
+    "steps"
+)
 
 K1, K5 = "--fake-updates 1", "--fake-updates 5"
 IMPERFECT = "--model gmm-imperfect"
@@ -357,8 +361,7 @@ CLAIMS = (
     ),
     Claim(
         number=22,
-        title="Our own question: a fake score that is told which of the student's steps it sees "
-        "betters four steps",
+        title=TOLD,
         paper="none has it",
         arms={
             "coupled": f"{FOUR} coupled",
@@ -478,6 +481,25 @@ CLAIMS = (
         },
         metrics=SCENE_METRICS,
         expected=("alignment: guided > none", "alignment: guided > conditional"),
+    ),
+    Claim(
+        number=22,
+        title=TOLD,
+        paper="none has it",
+        world="scenes",
+        arms={
+            "coupled": SCENE_FOUR,
+            "coupled, told": SCENE_FOUR,
+            "hybrid": f"{SCENE_FOUR} --schedule hybrid",
+            "hybrid, told": f"{SCENE_FOUR} --schedule hybrid",
+        },
+        metrics=SCENE_METRICS,
+        expected=(
+            "alignment: hybrid, told > hybrid",
+            "alignment: coupled, told > coupled",
+            "frechet: hybrid, told < hybrid",
+        ),
+        probes={"coupled, told": "told", "hybrid, told": "told"},
     ),
 )
 

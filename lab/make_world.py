@@ -32,10 +32,12 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import data
+import losses
 import models
 from fsdp import default_dtype
 from lab.training import average_of, save_state, train
 from support import cli, world
+from support.families import FAMILIES
 from support.shards import as_sample
 
 LATENTS = 8
@@ -94,7 +96,10 @@ def make_autoencoder(args):
     vae.to(args.device, memory_format=torch.channels_last)
     loss_of = functools.partial(autoencoder_loss, vae=vae, args=args)
     train("autoencoder", args.autoencoder_iterations, {"vae": vae}, loss_of, args)
-    return vae.eval()
+    generator = torch.Generator().manual_seed(args.seed + 4)
+    latents = latents_of(vae.eval(), world.prompts(256, generator), generator, args)
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    return vae
 
 
 def polish_decoder(vae, args):
@@ -105,22 +110,25 @@ def polish_decoder(vae, args):
 
 
 @torch.no_grad()
+def latents_of(vae, prompts, generator, args):
+    """(N, 8, 8, 8) of a scene of each prompt, not scaled."""
+    latents = []
+    for start in tqdm(range(0, len(prompts), 64), desc="latents"):
+        x = as_sample(world.scenes(prompts[start : start + 64], generator)).to(args.device)
+        x = x.to(memory_format=torch.channels_last)
+        with models.compute_in(getattr(torch, default_dtype(args.device)), x):
+            latents.append(vae.encode(x).latent_dist.mode().float().cpu())
+    return torch.cat(latents)
+
+
 def make_latents(vae, args):
     """Prompts of args.scenes scenes, and their latents (N, 8, 8, 8) of deviation 1."""
     generator = torch.Generator().manual_seed(args.seed + 3)
     prompts = world.prompts(args.scenes, generator)
     path = Path(args.work) / f"latents-{args.scenes}-{args.seed}.pt"
     if not path.exists():
-        latents = []
-        for start in tqdm(range(0, args.scenes, 64), desc="latents"):
-            x = as_sample(world.scenes(prompts[start : start + 64], generator)).to(args.device)
-            x = x.to(memory_format=torch.channels_last)
-            with models.compute_in(getattr(torch, default_dtype(args.device)), x):
-                latents.append(vae.encode(x).latent_dist.mode().half().cpu())
-        save_state(path, latents=torch.cat(latents))
+        save_state(path, latents=latents_of(vae, prompts, generator, args).half())
     latents = torch.load(path, weights_only=True)["latents"]
-    if not args.init:
-        vae.register_to_config(scaling_factor=1 / latents.float().std().item())
     return prompts, latents * vae.config.scaling_factor
 
 
@@ -187,18 +195,31 @@ def named(prompt):
     return places
 
 
-def text_loss(generator, text_encoder, head, tokenizer, seen, args):
+def encode_with_clip(texts, text_encoder, tokenizer):
+    tokens = tokenizer(texts, **TOKENS).input_ids.to(text_encoder.device)
+    return {"encoder_hidden_states": text_encoder(tokens).last_hidden_state}  # (B, tokens, width)
+
+
+def text_loss(generator, encode, head, seen, args):
     """Mean square error of the appearances that the states of names and colours tell."""
     prompts = world.prompts(args.batch_size, generator)
-    tokens = tokenizer([str(prompt) for prompt in prompts], **TOKENS).input_ids
     found = [(row, *place) for row, prompt in enumerate(prompts) for place in named(prompt)]
     rows, columns, numbers = torch.tensor(found).T.to(args.device)
-    states = text_encoder(tokens.to(args.device)).last_hidden_state  # (B, tokens, 192)
+    states = encode([str(prompt) for prompt in prompts])["encoder_hidden_states"]
     return F.mse_loss(head(states[rows, columns]), seen[numbers])
 
 
+def teach_text(text_encoder, encode, args):
+    """encode(texts) -> cond, with the text encoder."""
+    seen = appearances().to(args.device)
+    width = text_encoder.config.hidden_size
+    head = torch.nn.Linear(width, seen.shape[1]).to(args.device)
+    loss_of = functools.partial(text_loss, encode=encode, head=head, seen=seen, args=args)
+    modules = {"text_encoder": text_encoder, "head": head}
+    train("text", args.text_iterations, modules, loss_of, args)
+
+
 def make_text_encoder(tokenizer, args):
-    torch.manual_seed(args.seed + 1)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -210,20 +231,7 @@ def make_text_encoder(tokenizer, args):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
-    text_encoder = CLIPTextModel(config).to(args.device)
-    seen = appearances().to(args.device)
-    head = torch.nn.Linear(TEXT_WIDTH, seen.shape[1]).to(args.device)
-    loss_of = functools.partial(
-        text_loss,
-        text_encoder=text_encoder,
-        head=head,
-        tokenizer=tokenizer,
-        seen=seen,
-        args=args,
-    )
-    modules = {"text_encoder": text_encoder, "head": head}
-    train("text", args.text_iterations, modules, loss_of, args)
-    return text_encoder
+    return CLIPTextModel(config).to(args.device)
 
 
 # ----------------------------------------------------------------------------- denoiser
@@ -245,6 +253,12 @@ def make_unet(args):
     return unet.to(args.device)
 
 
+def make_denoiser(pipeline, network, schedule, prediction, args):
+    """As models.py makes it of such a pipeline."""
+    dtype = getattr(torch, default_dtype(args.device))
+    return models.Denoiser(network, schedule, prediction, FAMILIES[pipeline], dtype)
+
+
 def draw_timesteps(count, T, generator):
     """(count,): three quarters of them mostly in the middle, where shapes are decided."""
     u = torch.rand(count, generator=generator)
@@ -253,42 +267,37 @@ def draw_timesteps(count, T, generator):
     return (T * torch.where(u < 0.25, anywhere, middle)).long().clamp(max=T - 1)
 
 
-def denoiser_loss(generator, networks, schedule, prompts, latents, tokenizer, args):
+def denoiser_loss(generator, denoiser, encode, prompts, latents, args):
+    schedule = denoiser.schedule
     index = torch.randint(len(latents), (args.batch_size,), generator=generator)
     t = draw_timesteps(args.batch_size, len(schedule), generator)
     u = torch.rand(args.batch_size, 3, generator=generator).tolist()
     x0 = latents[index].float()  # (B, 8, 8, 8)
     eps = torch.randn(x0.shape, generator=generator)
-    x_t = schedule.add_noise(x0, eps, t)
-    alpha, sigma = schedule.at(t, x0)  # (B, 1, 1, 1)
-    v = alpha * eps - sigma * x0
-    texts = [world.shorten(prompts[i], u_i) for i, u_i in zip(index.tolist(), u)]
-    tokens = tokenizer(texts, **TOKENS).input_ids
-    text = networks["text_encoder"](tokens.to(args.device)).last_hidden_state  # (B, tokens, 192)
-    x_t, t = x_t.to(args.device), t.to(args.device)
-    output = networks["unet"](x_t, t, text, return_dict=False)[0].float()
-    return F.mse_loss(output, v.to(args.device))
+    x0, eps, t = (tensor.to(args.device) for tensor in (x0, eps, t))
+    cond = encode([world.shorten(prompts[i], u_i) for i, u_i in zip(index.tolist(), u)])
+    x0_pred = denoiser(schedule.add_noise(x0, eps, t), t, cond)
+    weight = losses.denoising_weight(denoiser.prediction, *schedule.at(t, x0))  # (B, 1, 1, 1)
+    return losses.denoising_loss(x0_pred, x0, weight).mean()
 
 
-def make_denoiser(vae, text_encoder, unet, tokenizer, args):
-    schedule = models.vp_schedule(SCHEDULER.alphas_cumprod)
-    networks = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
+def train_denoiser(networks, denoiser, encode, stages, vae, args):
+    """The networks' average. stages {name: iterations}; "objects" has scenes of one object only."""
     average = average_of(networks)
     prompts, latents = make_latents(vae, args)
     single = [i for i, prompt in enumerate(prompts) if len(prompt.objects) == 1]
-    stages = [("objects", single, args.object_iterations), ("scenes", None, args.scene_iterations)]
-    for stage, chosen, iterations in stages[1:] if args.init else stages:
+    for stage, iterations in stages.items():
+        chosen = single if stage == "objects" else range(len(prompts))
         loss_of = functools.partial(
             denoiser_loss,
-            networks=networks,
-            schedule=schedule,
-            prompts=prompts if chosen is None else [prompts[i] for i in chosen],
-            latents=latents if chosen is None else latents[chosen],
-            tokenizer=tokenizer,
+            denoiser=denoiser,
+            encode=encode,
+            prompts=[prompts[i] for i in chosen],
+            latents=latents[list(chosen)],
             args=args,
         )
         train(stage, iterations, networks, loss_of, args, average)
-    return average.module["text_encoder"].eval(), average.module["unet"].eval()
+    return average.module.eval()
 
 
 # ----------------------------------------------------------------------------- the whole
@@ -339,10 +348,20 @@ def main(arguments=None):
     else:
         vae = make_autoencoder(args)
         tokenizer = make_tokenizer(texts(), Path(args.work) / "tokenizer")
-        text_encoder, unet = make_text_encoder(tokenizer, args), make_unet(args)
-    text_encoder, unet = make_denoiser(vae, text_encoder, unet, tokenizer, args)
+        torch.manual_seed(args.seed + 1)
+        text_encoder = make_text_encoder(tokenizer, args)
+        unet = make_unet(args)
+    encode = functools.partial(encode_with_clip, text_encoder=text_encoder, tokenizer=tokenizer)
+    stages = {"scenes": args.scene_iterations}
+    if not args.init:
+        teach_text(text_encoder, encode, args)
+        stages = {"objects": args.object_iterations} | stages
+    schedule = models.vp_schedule(SCHEDULER.alphas_cumprod).to(args.device)
+    denoiser = make_denoiser("StableDiffusionPipeline", unet, schedule, "v_prediction", args)
+    networks = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
+    networks = train_denoiser(networks, denoiser, encode, stages, vae, args)
     polish_decoder(vae, args)
-    write(args.out, vae, text_encoder, tokenizer, unet)
+    write(args.out, vae, networks["text_encoder"], tokenizer, networks["unet"])
     print(f"{args.out}. Measure it: python eval.py --teacher-only --model world")
 
 
