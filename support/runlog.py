@@ -23,8 +23,8 @@ from support.checkpoint import explain_failed_write, replace_text
 from support.cli import UserError
 
 LOG_EVERY = 10
-# Where the health metrics of a run that goes well stay; see losses.health. mean and std are relative
-# to the teacher's samples, see relative. A one-step student is grey at first (0.36 on the world).
+# Where the health metrics of a run that goes well stay; see losses.health. mean and std are
+# relative to the teacher's samples, see relative. A one-step student is grey at first (std 0.36).
 HEALTHY = {
     "mean": (
         *(-0.5, 0.5),
