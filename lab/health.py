@@ -1,4 +1,4 @@
-"""How runs go well and how they go wrong, each provoked on purpose: what docs/health.md shows.
+"""How runs go well and how they go wrong, each provoked on purpose.
 
     python -m lab.health
 
