@@ -309,11 +309,13 @@ def test_what_does_nothing_is_warned_of(capsys):
     assert "without guidance CA is 0" in printed and "it is DMD2" in printed
 
 
-ONE_PASS = ["--model gmm", "--model world", "--model emoji-classes --guidance 1"]
+# With a share of the largest gradient that rounding may make; in float64 world's is 4e-13.
+ONE_PASS = [("--model gmm", 5e-6), ("--model world", 3e-5)]
+ONE_PASS += [("--model emoji-classes --guidance 1", 5e-6)]
 
 
-@pytest.mark.parametrize("flags", ONE_PASS)
-def test_samples_and_real_data_in_one_pass_have_the_gradients_of_two(flags):
+@pytest.mark.parametrize("flags, rounding", ONE_PASS)
+def test_samples_and_real_data_in_one_pass_have_the_gradients_of_two(flags, rounding):
     """The blocks above the middle see the samples only: x0, logits and every gradient are those of
     two whole passes."""
     args = train.parse_arguments([*flags.split(), "--batch-size", "2", "--gan-weight", "1"])
@@ -331,7 +333,7 @@ def test_samples_and_real_data_in_one_pass_have_the_gradients_of_two(flags):
     largest = max(gradient.abs().max() for gradient in two.values())
     assert len(one) == len(two) and largest > 0
     for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=3e-5 * largest.item(), rtol=0)
+        torch.testing.assert_close(one[name], two[name], atol=rounding * largest.item(), rtol=0)
 
 
 def gradients_of(module, x0, logits):
