@@ -1,6 +1,6 @@
 """Make the embedded class-conditional teacher again, EDM's ImageNet network in miniature.
 
-    python -m lab.make_classes --dtype float32           # half an hour on two cores
+    python -m lab.make_classes                           # half an hour on two cores
 
 A UNet2DModel on 16x16 pixels with EDM's preconditioning, loss and distribution of noise levels
 (2206.00364); its labels.txt names the classes. An interrupted command goes on from --work.

@@ -308,11 +308,12 @@ def networks_without_weights(name, has_gan):
     return nets, batch
 
 
-# What a student is trained by -> flags of train.py.
+COMMON = ["--guidance", "7.5", "--fake-updates", "5"]
+# What a student is trained by -> flags of train.py, besides those.
 SETTINGS = {
-    "DMD2 without GAN": "--guidance 7.5 --fake-updates 5 --gan-weight 0",
-    "DMD2": "--guidance 7.5 --fake-updates 5 --gan-weight 5e-3",
-    "Decoupled DMD": "--guidance 7.5 --fake-updates 5 --variant decoupled",
+    "DMD2 without GAN": "--gan-weight 0",
+    "DMD2": "--gan-weight 5e-3",
+    "Decoupled DMD": "--variant decoupled",
 }
 
 
@@ -331,7 +332,7 @@ def print_flops():
     )
     for name in FULL_SIZE:
         for setting, flags_of_it in SETTINGS.items():
-            args = train.parse_arguments(flags_of_it.split())
+            args = train.parse_arguments([*COMMON, *flags_of_it.split()])
             nets, batch = networks_without_weights(name, args.gan_weight > 0)
             flops, kept = mean_iteration(bare_iteration, nets, batch, args)
             other = None
