@@ -53,10 +53,10 @@ RUN = [
 # ----------------------------------------------------------------------------- runs
 
 
-def fork_train(flags, log, processes=0, nodes=1, before=None):
-    """lab.plane with these flags in forked processes, as a launcher would start them, or plainly if
-    processes is 0. Returns their pids. Forking saves importing all, and fitting the plane's network
-    if this process has done so."""
+def fork(main, flags, log, processes=0, nodes=1, before=None):
+    """A command's main with these flags in forked processes, as a launcher would start them, or
+    plainly if processes is 0. Returns their pids. Forking saves importing all, and fitting the
+    plane's network if this process has done so."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,7 +67,7 @@ def fork_train(flags, log, processes=0, nodes=1, before=None):
         if pid == 0:
             if processes:
                 set_launcher_variables(rank, processes, nodes, port)
-            run_child(flags, log, before)
+            run_child(main, flags, log, before)
         pids.append(pid)
     return pids
 
@@ -79,19 +79,19 @@ def set_launcher_variables(rank, processes, nodes, port):
     os.environ |= {name: str(value) for name, value in values.items()}
 
 
-def run_child(flags, log, before):
+def run_child(main, flags, log, before):
     """The life of a forked process: never returns."""
     stream = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    sys.argv = ["plane.py", *map(str, flags)]
+    sys.argv = [f"{main.__module__}.py", *map(str, flags)]
     status = 1
     try:
         if before:
             before()
-        fsdp.run(plane.main)
+        fsdp.run(main)
         status = 0
     except SystemExit as end:
         status = end.code or 0
@@ -106,11 +106,17 @@ def wait_for(pids):
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
+def two_ranks(main, log, *flags):
+    """([exit statuses], what was printed) of a command that two ranks run together."""
+    statuses = wait_for(fork(main, flags, log, processes=2))
+    return statuses, Path(log).read_text()
+
+
 def train_tiny(out, *flags, **launch):
     """(exit status of the first process, what was printed)"""
     log = out.parent / f"{out.name}.log"
     flags = flags if "--resume" in flags else [*RUN, "--out", out, *flags]
-    status = wait_for(fork_train(flags, log, **launch))[0]
+    status = wait_for(fork(plane.main, flags, log, **launch))[0]
     return status, log.read_text()
 
 
@@ -166,7 +172,7 @@ def kill(work, kills=50, processes=0, iterations=30, seed=0):
         shutil.rmtree(out, ignore_errors=True)
         moment = numbers.uniform(0, duration)
         flags = [*RUN, "--iterations", iterations, "--out", out]
-        pids = fork_train(flags, work / "killed.log", processes)
+        pids = fork(plane.main, flags, work / "killed.log", processes)
         time.sleep(moment)
         for pid in pids:
             os.kill(pid, signal.SIGKILL)

@@ -2,153 +2,185 @@
 
     python -m lab.health
 
-Three healthy variants with five seeds each and nine runs that are spoilt by one flag, of 300
-iterations on the embedded teacher. Beside the metrics that every run writes, the Frechet distance
-is measured ten times. A finished run is kept in --out, so an interrupted command goes on; the whole
-is written to assets/results/health.json, and a picture of four moments of each run beside it.
+Three healthy variants with five seeds each, and nine runs that one flag spoils, of 240 iterations
+on the embedded teacher. Each is an ordinary run of train.py, kept in --out with its log, images and
+curves. Of the first seed the Frechet distance and the alignment are measured ten times. A finished
+run is not made again, so an interrupted command goes on. All that the warnings are tuned by is
+written to assets/results/health.json, and images of four moments of each run to --out/health.png.
 """
 
+import contextlib
+import functools
 import json
 import multiprocessing
+import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from tqdm import tqdm
 
-import fsdp
-import models
 import sample
 import train
 from support import checkpoint, cli, pictures, runlog
+from support.cli import UserError
 from support.judges.world import WorldJudge
 from support.metrics import Gaussian, frechet_distance
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "assets" / "results" / "health.json"
 RECIPE = ROOT / "recipes" / "short.args"
-SEEDS, MOMENTS, SAMPLES = 5, 10, 200
+SEEDS, SAMPLES, SHOWN = 5, 200, 4
+MOMENTS = (0, 72, 144, 240)  # whose images are shown
 HEALTHY = {
-    "DMD2, four steps": "",
+    "DMD2, four steps": "--gan-weight 5e-3",
     "DMD2, one step": "--student-steps 1",
-    "Decoupled DMD, hybrid": "--variant decoupled --schedule hybrid --gan-weight 0",
+    "Decoupled DMD": "--variant decoupled",
 }
 SPOILT = {
     "student's rate too high": "--learning-rate 5e-3",
     "fake score's rate too low": "--fake-learning-rate 1e-6",
     "K too low": "--fake-updates 1 --learning-rate 1e-3",
-    "guidance too high": "--guidance 15",
-    "CA alone": "--variant decoupled --schedule coupled --gan-weight 0 --dm-weight 0",
+    "guidance too high": "--guidance 20",
+    "CA alone": "--variant decoupled --schedule coupled --dm-weight 0",
     "the critic wins": "--gan-weight 1 --critic-weight 1 --batch-size 4",
     "noised real data": "--student-input data",
     "no warm-up": "--warmup 0 --learning-rate 2e-3",
     "a fake score unlike the teacher": "",
 }
-UNLIKE = "a fake score unlike the teacher"
 
 
 # ----------------------------------------------------------------------------- one run
 
 
-def spoil_weights(module, seed):
+class Watcher(runlog.Gallery):
+    """A run's gallery that also keeps what the run does not measure: {"iteration", "frechet",
+    "alignment", "images"} of each moment, from the same prompts and noise each time."""
+
+    def __init__(self, out, nets, prompts, args, moments, spoil=None):
+        super().__init__(out, nets, prompts, args)
+        self.moments = moments
+        self.judge = WorldJudge()
+        self.reference = Gaussian.of(self.judge.reference())
+        self.judged_prompts = self.judge.prompts(SAMPLES, 1)
+        self.judged_noise = sample.column_noise(nets.model, SAMPLES, args.student_steps, 1)
+        if spoil:
+            spoil(nets)
+
+    def draw(self, iteration):
+        nets, prompts = self.nets, self.judged_prompts
+        student = sample.StudentSampler(nets.averaged_student, nets.timesteps)
+        cond = nets.model.encode(prompts)
+        x = sample.draw_in_batches(student, self.judged_noise, cond, 50)
+        images = nets.model.decode(x, 50)
+        judged = self.judge(images, {"whole": images}, prompts)
+        features = Gaussian.of(judged["features layout"])
+        moment = {"iteration": iteration, "frechet": frechet_distance(features, self.reference)}
+        moment["alignment"] = (judged["kind"] >= 0).double().mean().item()
+        moment["images"] = torch.cat(list(images[:SHOWN]), 2)  # (3, H, SHOWN W)
+        self.moments.append(moment)
+        return super().draw(iteration)
+
+
+def spoil_fake_score(nets):
     """Each weight moved by a tenth of its tensor's deviation."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
+    generator = torch.Generator().manual_seed(0)
+    for parameter in nets.fake_score.denoiser.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.numel() > 1:
             parameter.data += 0.1 * parameter.data.std() * noise
 
 
-class Meter:
-    """Images of the same prompts and noise at every moment, and their Frechet distance."""
-
-    def __init__(self, nets, args):
-        self.nets, self.model, self.judge = nets, nets.model, WorldJudge()
-        self.student = sample.StudentSampler(nets.averaged_student, nets.timesteps)
-        self.prompts = self.judge.prompts(SAMPLES, 1)
-        self.noise = sample.column_noise(self.model, SAMPLES, args.student_steps, 1)
-        self.reference = Gaussian.of(self.judge.reference())
-
-    def images(self):
-        cond = self.model.encode(self.prompts)
-        x = sample.draw_in_batches(self.student, self.noise, cond, 50)
-        return self.model.decode(x, 50)
-
-    def frechet(self, images):
-        judged = self.judge(images, {"whole": images}, self.prompts)
-        return frechet_distance(Gaussian.of(judged["features layout"]), self.reference)
-
-
 def run(out, name, flags, seed):
-    """Train and measure: {rows, teacher, frechet} into a file, four moments into a picture."""
+    """Train, and write {"rows", "teacher", "moments"} to the run's file."""
     torch.set_num_threads(1)
+    file = file_of(out, name, seed)
+    folder = file.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted command
+    folder.mkdir()
     arguments = [f"@{RECIPE}", *flags.split(), "--seed", str(seed), "--keep-going"]
-    args = train.parse_arguments(arguments)
-    nets, sources = train.prepare(args, models.load_model)
-    if name == UNLIKE:
-        spoil_weights(nets.fake_score.denoiser, seed)
-    folder = file_of(out, name, seed).with_suffix("")
-    folder.mkdir(exist_ok=True)
-    gallery = runlog.Gallery(folder, nets, sources.prompts, args)
-    log = runlog.Log(folder, gallery.teacher_figures, 0)
-    meter, frechet, strips = Meter(nets, args), [], []
-    try:
-        for iteration in range(args.iterations + 1):
-            if iteration % (args.iterations // MOMENTS) == 0:
-                images = meter.images()
-                frechet.append((iteration, meter.frechet(images)))
-                if iteration % (args.iterations // MOMENTS * 3) == 0:
-                    strips.append(torch.cat(list(images[:8]), 2))  # (3, H, all W)
-            if iteration < args.iterations:
-                batch = train.draw_batch(nets, sources, iteration, args)
-                log.add(iteration + 1, train.iterate(nets, batch, iteration, args))
-    except fsdp.NotFinite:
-        pass  # the end of such a run, and its last row is the one before
-    result = {"rows": log.rows, "teacher": gallery.teacher_figures, "frechet": frechet}
+    arguments += ["--keep", "1", "--out", str(folder / "run")]
+    moments, make_gallery = [], runlog.Gallery
     if seed == 0:
-        sheet = pictures.to_pil(torch.cat(strips, 1))
-        pictures.save(sheet, file_of(out, name, seed).with_suffix(".png"))
-    checkpoint.replace_text(file_of(out, name, seed), json.dumps(result))
+        spoil = spoil_fake_score if name == "a fake score unlike the teacher" else None
+        make_gallery = functools.partial(Watcher, moments=moments, spoil=spoil)
+        arguments += ["--save-every", "24"]
+    with (
+        open(folder / "log.txt", "w") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+        contextlib.suppress(UserError),  # of one that diverges
+    ):
+        train.main(arguments, make_gallery=make_gallery)
+    strips = [moment.pop("images") for moment in moments]
+    shown = [x for x, moment in zip(strips, moments) if moment["iteration"] in MOMENTS]
+    if shown:
+        pictures.save(pictures.to_pil(torch.cat(shown, 2)), file.with_suffix(".png"))
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    x_teacher = load_file(folder / "run" / "teacher_samples.safetensors")["x0"]
+    result = {"rows": [kept(json.loads(line)) for line in lines]}
+    result |= {"teacher": runlog.figures(x_teacher), "moments": moments}
+    checkpoint.replace_text(file, json.dumps(result))
+
+
+def kept(row):
+    """Of a row of metrics what warnings may be told by."""
+    names = ("iteration", *runlog.CURVES)
+    return {name: float(f"{row[name]:.4g}") for name in names if name in row}
 
 
 def file_of(out, name, seed):
     words = "-".join("".join(c if c.isalnum() else " " for c in name).split())
-    return Path(out) / f"{words}-{seed}.json"
+    return Path(out).absolute() / f"{words}-{seed}.json"
 
 
 # ----------------------------------------------------------------------------- what they say
 
 
 def first_warning(result):
-    """Iteration of the first warning that the run would have printed, or None."""
+    """Iteration of the first warning that the run prints, and of what; or None."""
     rows = result["rows"]
     for i, row in enumerate(rows):
-        if runlog.unhealthy(rows[: i + 1], result["teacher"]):
-            return row["iteration"]
-    return None
-
-
-def spoilt_at(result, factor=1.2):
-    """First measured iteration after its best at which the Frechet distance is `factor` of the
-    best, or None."""
-    best = float("inf")
-    for iteration, distance in result["frechet"]:
-        best = min(best, distance)
-        if distance > factor * best:
-            return iteration
+        found = runlog.unhealthy(rows[: i + 1], result["teacher"])
+        if found:
+            return int(row["iteration"]), ", ".join(found)
     return None
 
 
 def table(results):
-    """Lines: each run's best and last Frechet distance, when it was spoilt and when it warned."""
-    lines = ["| run | best | last | 20 % above its best at | first warning at |"]
-    lines += ["|---|---|---|---|---|"]
+    """Lines: each run's Frechet distance and alignment on the way, and when it warned."""
+    lines = ["| run | Frechet distance | alignment | first warning |", "|---|---|---|---|"]
     for name, result in results.items():
-        distances = [distance for _, distance in result["frechet"]]
-        cells = [name, f"{min(distances):.1f}", f"{distances[-1]:.1f}"]
-        cells += [spoilt_at(result) or "-", first_warning(result) or "-"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        cells = [name]
+        for metric, form in (("frechet", ".0f"), ("alignment", ".2f")):
+            moments = result["moments"][::2]
+            cells.append(" ".join(format(moment[metric], form) for moment in moments))
+        warning = first_warning(result)
+        cells.append("-" if warning is None else f"{warning[0]}: {warning[1]}")
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def draw_sheet(out, names):
+    """A row for each run: a few images at each of four moments."""
+    left, gap = 190, 8
+    tiles = {}
+    for name in names:
+        file = file_of(out, name, 0).with_suffix(".png")
+        if file.is_file():
+            tiles[name] = Image.open(file)
+    width, height = next(iter(tiles.values())).size
+    sheet = Image.new("RGB", (left + width, (height + gap) * len(tiles) + 20), "white")
+    for i, moment in enumerate(MOMENTS):
+        at = (left + i * width // len(MOMENTS), 10)
+        pictures.write_text(sheet, f"iteration {moment}", at)
+    for i, (name, tile) in enumerate(tiles.items()):
+        top = 20 + i * (height + gap)
+        pictures.write_text(sheet, name, (4, top + height // 2))
+        sheet.paste(tile, (left, top))
+    pictures.save(sheet, Path(out) / "health.png")
 
 
 # ----------------------------------------------------------------------------- command line
@@ -161,8 +193,8 @@ def main(arguments=None):
     parser.add_argument("--jobs", type=cli.positive, default=jobs, help="one core each")
     args = parser.parse_args(arguments)
     checkpoint.make_writable(Path(args.out))
-    wanted = [(name, flags, seed) for name, flags in HEALTHY.items() for seed in range(SEEDS)]
-    wanted += [(name, flags, 0) for name, flags in SPOILT.items()]
+    wanted = [(name, flags, 0) for name, flags in (HEALTHY | SPOILT).items()]
+    wanted += [(name, flags, seed) for name, flags in HEALTHY.items() for seed in range(1, SEEDS)]
     todo = [one for one in wanted if not file_of(args.out, one[0], one[2]).is_file()]
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(run, args.out, *one) for one in todo]
@@ -172,12 +204,9 @@ def main(arguments=None):
                 bar.update()
     results = {}
     for name, _, seed in wanted:
-        result = json.loads(file_of(args.out, name, seed).read_text())
-        rows = []
-        for row in result["rows"]:
-            rows.append({key: float(f"{value:.4g}") for key, value in row.items()})
-        results[f"{name}, seed {seed}"] = result | {"rows": rows}
+        results[f"{name}, seed {seed}"] = json.loads(file_of(args.out, name, seed).read_text())
     checkpoint.replace_text(RESULTS, json.dumps(results))
+    draw_sheet(args.out, HEALTHY | SPOILT)
     print("\n".join(table(results)))
 
 

@@ -209,6 +209,12 @@ def encode_gemma(model, prompts, **options):
     return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
 
 
+def encode_lumina2(model, prompts):
+    """At most 256 tokens, or as many as its tokenizer takes."""
+    length = min(256, model.pipe.tokenizer.model_max_length)
+    return encode_gemma(model, prompts, max_sequence_length=length)
+
+
 def call_z_image(network, x, time, cond):
     """It takes lists of images and of texts of their own lengths, time the other way round, and
     predicts x0 - eps."""
@@ -407,7 +413,7 @@ FAMILIES = {
     "StableDiffusion3Pipeline": Family(call_sd3, encode_sd3, guidance=7.0, **TRANSFORMER),
     "SanaPipeline": Family(call_sana, encode_sana, guidance=4.5, **SANA),
     "ZImagePipeline": Family(call_z_image, encode_z_image, guidance=6.0, **Z_IMAGE),
-    "Lumina2Pipeline": Family(call_lumina2, encode_gemma, guidance=4.0, **LUMINA2),
+    "Lumina2Pipeline": Family(call_lumina2, encode_lumina2, guidance=4.0, **LUMINA2),
     "FluxPipeline": Family(call_flux, encode_flux, **FLUX),
     "Flux2KleinPipeline": Family(call_flux2, encode_flux2, guidance=4.0, **FLUX2),
     "QwenImagePipeline": Family(call_qwen_image, encode_qwen_image, guidance=4.0, **QWEN),

@@ -15,11 +15,18 @@ from tests import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
-def float32():
-    """Training is in float32 here, whatever this processor has: equalities are to be seen."""
+def float32_and_few_teacher_steps():
+    """Training is in float32 here, whatever this processor has: equalities are to be seen. A run's
+    images of the teacher would cost more than the rest of a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fsdp, "default_dtype", float32_everywhere)
+        patch.setattr(models.Model, "default_teacher_steps", 2)
+        patch.setattr(models.ClassModel, "default_teacher_steps", 2)
         yield
+
+
+# As they were before the above.
+TEACHER_STEPS = [kind.default_teacher_steps for kind in (models.Model, models.ClassModel)]
 
 
 def float32_everywhere(device):

@@ -17,11 +17,13 @@ from PIL import Image
 import data
 import models
 import sample
+import train
 from lab import faults
 from support import edm, students
 from support.cli import UserError
 from support.embedded import CLASSES
 from support.families import FAMILIES
+from tests.conftest import TEACHER_STEPS
 from tests.tiny import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -442,11 +444,12 @@ def test_every_recipe_trains_and_its_student_draws(classes, tmp_path, recipe):
     assert UNet2DModel.from_pretrained(tmp_path / "run" / "student").config.num_class_embeds == 11
 
 
-def test_the_teacher_s_steps_are_those_of_its_family(model):
-    assert (
-        sample.teacher_steps(model) == 18
-        and sample.teacher_steps(models.load_model(data.EMBEDDED["world"])) == 50
-    )
+def test_the_teacher_s_steps_are_those_of_its_family(model, monkeypatch):
+    assert TEACHER_STEPS == [50, 18]
+    monkeypatch.setattr(models.Model, "default_teacher_steps", 50)
+    monkeypatch.setattr(models.ClassModel, "default_teacher_steps", 18)
+    assert sample.teacher_steps(model) == 18
+    assert sample.teacher_steps(model, asked=3) == 3
 
 
 @pytest.mark.parametrize(
@@ -531,8 +534,9 @@ def test_two_processes_have_the_gradients_of_one(classes, tmp_path):
     flags = [*SMALL, "--guidance", 1, "--student-steps", 1, "--real", classes, "--iterations", 1]
     flags += ["--dtype", "float32"]
     assert run("train", *flags, "--out", tmp_path / "one") == 0
-    status, printed = faults.torchrun(ROOT / "train.py", *flags, "--out", tmp_path / "two")
-    assert status == 0, printed
+    flags += ["--out", tmp_path / "two"]
+    statuses, printed = faults.two_ranks(train.main, tmp_path / "log", *flags)
+    assert statuses == [0, 0], printed
     one, two = faults.state_of(tmp_path / "one"), faults.state_of(tmp_path / "two")
     for part in (
         "student_optimizer.",

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import data
+import eval as evaluation
 import models
 import sample
 from lab import faults
@@ -528,17 +529,10 @@ def test_two_processes_write_the_reference_of_one_and_say_what_it_lacks(
         "WARNING: the reference has 10 images; that of coco30k-256 has 40,504"
         in capsys.readouterr().out
     )
-    status, printed = faults.torchrun(
-        ROOT / "eval.py",
-        "--write-reference",
-        tmp_path / "two.npz",
-        *flags,
-        "--batch-size",
-        50,
-        "--out",
-        tmp_path / "two",
-    )
-    assert status == 0, printed
+    more = ["--write-reference", tmp_path / "two.npz", "--batch-size", 50]
+    more += ["--out", tmp_path / "two"]
+    statuses, printed = faults.two_ranks(evaluation.main, tmp_path / "log", *flags, *more)
+    assert statuses == [0, 0], printed
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         assert str(one["about"]) == str(two["about"]) and all(
             np.allclose(one[name], two[name], rtol=1e-3, atol=1e-4)
@@ -764,8 +758,9 @@ def test_an_evaluation_goes_on_where_it_was_and_mends_damaged_parts(class_runs, 
 def test_two_processes_get_the_numbers_of_one(class_runs, tmp_path):
     flags = ["--student", class_runs[0], *CLASSES]
     assert run("eval", *flags, "--out", tmp_path / "one") == 0
-    status, printed = faults.torchrun(ROOT / "eval.py", *flags, "--out", tmp_path / "two")
-    assert status == 0, printed
+    flags += ["--out", tmp_path / "two"]
+    statuses, printed = faults.two_ranks(evaluation.main, tmp_path / "log", *flags)
+    assert statuses == [0, 0], printed
     one, two = (
         rows(tmp_path / "one"),
         rows(tmp_path / "two"),

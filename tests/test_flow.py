@@ -19,7 +19,7 @@ from support.cli import UserError
 from support.networks import Networks, trained
 from tests import flows
 from tests.flows import IMAGE_SIZES
-from tests.test_fsdp import check_same, torchrun
+from tests.test_fsdp import check_same
 from tests.tiny import open_in_diffusers
 
 PROMPTS = ["red apple", "a heart with an arrow in it"]
@@ -409,6 +409,7 @@ def test_a_resumed_run_is_an_undisturbed_one_bit_for_bit(places, name, tmp_path)
 def test_two_ranks_make_the_same_run(places, name, tmp_path):
     flags = flags_of_a_run(places, name, tmp_path)
     train.main([*map(str, [*flags, "--iterations", 4, "--out", tmp_path / "alone"])])
-    status, printed = torchrun("train.py", *flags, "--iterations", 4, "--out", tmp_path / "two")
-    assert status == 0, printed
+    flags += ["--iterations", 4, "--out", tmp_path / "two"]
+    statuses, printed = faults.two_ranks(train.main, tmp_path / "log", *flags)
+    assert statuses == [0, 0], printed
     check_same(tmp_path / "two", tmp_path / "alone")

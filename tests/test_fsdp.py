@@ -32,7 +32,7 @@ def launch(out, *flags, processes=2, shard="full", nodes=1):
     plane.PlaneModel("gmm")  # fitted once, before the fork
     log = Path(f"{out}.log")
     words = [*flags, "--shard", shard]
-    pids = faults.fork_train(words, log, processes=processes, nodes=nodes)
+    pids = faults.fork(plane.main, words, log, processes=processes, nodes=nodes)
     assert faults.wait_for(pids) == [0] * max(processes, 1), log.read_text()
     return log.read_text()
 

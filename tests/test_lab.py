@@ -1,9 +1,11 @@
 """The laboratory: the plane is exact, every claim runs, runs are broken."""
 
+import json
+
 import pytest
 import torch
 
-from lab import claims, faults, plane
+from lab import claims, faults, health, plane
 
 
 def test_the_plane_s_denoiser_is_the_score_of_its_density():
@@ -70,6 +72,17 @@ def test_every_claim_of_the_embedded_teacher_runs(tmp_path):
     claims.main([*flags, "--out", str(tmp_path)])
     (table,) = tmp_path.rglob("scenes.md")
     assert "### Claim 16:" in table.read_text()
+
+
+def test_a_run_is_watched(tmp_path):
+    health.run(tmp_path, "DMD2, one step", "--student-steps 1 --iterations 2 --batch-size 2", 0)
+    result = json.loads(health.file_of(tmp_path, "DMD2, one step", 0).read_text())
+    assert [moment["iteration"] for moment in result["moments"]] == [0, 2]
+    assert all(moment["frechet"] > 0 for moment in result["moments"])
+    (line,) = health.table({"one": result})[2:]
+    assert line.startswith("| one | ")
+    health.draw_sheet(tmp_path, health.HEALTHY)
+    assert (tmp_path / "health.png").is_file()
 
 
 @pytest.mark.slow

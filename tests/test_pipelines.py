@@ -47,14 +47,6 @@ FOUR = [999, 749, 499, 249]
 SMALL = "--batch-size 2 --fake-updates 2 --warmup 0 --iterations 2 --save-every 2 --device cpu"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_teacher_steps():
-    """A run's images of the teacher would cost more than the rest of a tiny run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models.Model, "default_teacher_steps", 2)
-        yield
-
-
 @pytest.fixture(scope="module")
 def runs(folders, prompts, tmp_path_factory):
     """A finished run of each kind of pipeline; not to be changed."""

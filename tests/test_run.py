@@ -167,7 +167,6 @@ def test_the_teacher_s_samples_are_drawn_once_and_fewer_where_it_is_slow(
     teacher, tmp_path, monkeypatch, capsys
 ):
     args = train.parse_arguments(words(*TINY, "--guidance", "2", "--dtype", "float32"))
-    monkeypatch.setattr(teacher, "default_teacher_steps", 2)
     nets = Networks(teacher, args)
     prompts = data.training_prompts(None, teacher)
     for name in ("whole", "few"):

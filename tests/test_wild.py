@@ -543,10 +543,8 @@ def latent_run(folders, images, tmp_path):
     flags_ = f"--model {folders['sd15']} --real {tmp_path}/real --gan-weight 1e-3 --batch-size 2"
     flags_ += f" --fake-updates 1 --warmup 0 --iterations 1 --out {tmp_path}/run --device cpu"
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models.Model, "default_teacher_steps", 1)
-        call(train, f"{flags_} --prompts {tmp_path}/p.txt")
-        yield tmp_path
+    call(train, f"{flags_} --prompts {tmp_path}/p.txt")
+    return tmp_path
 
 
 def test_real_data_of_the_same_count_but_other_contents_are_noticed(latent_run, capsys):
@@ -591,9 +589,7 @@ def lora(folders, tmp_path_factory):
         out = tmp_path_factory.mktemp("lora") / name
         flags_ = f"--model {folders[name]} --lora 4 --lora-alpha 2 --learning-rate 1e-1 --ema 0"
         flags_ += " --gan-weight 0 --batch-size 2 --fake-updates 1 --warmup 0 --iterations 1"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(models.Model, "default_teacher_steps", 1)
-            call(train, f"{flags_} --device cpu --out {out}")
+        call(train, f"{flags_} --device cpu --out {out}")
         made[name] = (models.load_model(folders[name]), out / "student")
     return made
 
