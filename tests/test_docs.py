@@ -168,7 +168,7 @@ def test_commands_of_the_pages_run(page, place, monkeypatch, capsys):
             continue
         module, arguments = as_call(words)
         arguments = [name for word in arguments for name in expanded(stands_for(word), place)]
-        key = f"data {arguments[0]}" if module == "data" else module
+        key = f"{module} {arguments[0]}" if module in ("data", "support.costs") else module
         prepared(module, arguments, place)
         if module in ("train", "support.export", "lab.plane"):
             clear(module, arguments, place)

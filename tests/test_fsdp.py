@@ -1,8 +1,6 @@
 """Several processes: the same run however many they are, resumed on other numbers, and failing."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +8,9 @@ import torch
 
 import data
 import sample
+import train
 from lab import faults, plane
 
-ROOT = Path(__file__).resolve().parents[1]
 FLAGS = [
     "--variant",
     "fdistill",
@@ -94,17 +92,9 @@ def test_draws_of_a_sample_do_not_depend_on_the_rank_that_makes_them():
     assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02
 
 
-def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_embedded_teacher_under_torchrun(dtype, tmp_path):
+def test_two_ranks_train_on_the_embedded_teacher(dtype, tmp_path):
     """In micro-batches; the student that two ranks wrote is drawn by one process."""
     out = tmp_path / "run"
     flags = [
@@ -117,10 +107,12 @@ def test_the_embedded_teacher_under_torchrun(dtype, tmp_path):
         "--gan-weight",
         "0",
         "--dtype",
-        "bf16",
+        dtype,
+        "--out",
+        out,
     ]
-    status, printed = torchrun("train.py", *flags, "--dtype", dtype, "--out", out)
-    assert status == 0, printed
+    statuses, printed = faults.two_ranks(train.main, tmp_path / "log", *flags)
+    assert statuses == [0, 0], printed
     sample.main(
         [
             "--student",
@@ -136,7 +128,7 @@ def test_the_embedded_teacher_under_torchrun(dtype, tmp_path):
 
 
 def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path):
-    status, printed = torchrun("train.py", "--batch-size", 5, "--out", tmp_path / "run")
+    status, printed = faults.torchrun("train.py", "--batch-size", 5, "--out", tmp_path / "run")
     assert status == 1
     assert printed.count("train.py: --batch-size 5 is no multiple of the 2 ranks") == 1
 

@@ -4,6 +4,7 @@ their places, and the list is compared with the prompt, in the manner of GenEval
 lab/make_judge.py trains the network and says how often it is right about real scenes.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -185,12 +186,7 @@ class WorldJudge(OwnJudge):
         return world.scenes([world.read_prompt(text) for text in prompts], generator).float() / 255
 
     def reference(self):
-        """Features of real scenes of 2,000 prompts."""
-        features = []
-        prompts = self.prompts(2000, seed=1)
-        for start in range(0, len(prompts), 100):
-            features.append(self.read(self.real(prompts[start : start + 100], start))[1])
-        return torch.cat(features)
+        return reference_features()
 
     def __call__(self, images, views, prompts):
         seen = next(iter(views.values())).cpu()
@@ -208,6 +204,16 @@ class WorldJudge(OwnJudge):
             categories.setdefault(category_of(world.read_prompt(text)), []).append(i)
         by_category = {name: mean_metric(right[own]) for name, own in categories.items()}
         return {"alignment": mean_metric(right)} | by_category
+
+
+@functools.cache
+def reference_features():
+    """Of real scenes of 2,000 prompts, (2000, 160)."""
+    judge, features = WorldJudge(), []
+    prompts = judge.prompts(2000, seed=1)
+    for start in range(0, len(prompts), 100):
+        features.append(judge.read(judge.real(prompts[start : start + 100], start))[1])
+    return torch.cat(features)
 
 
 def make(args, setting):
