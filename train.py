@@ -474,7 +474,7 @@ def train(nets, sources, config, args, make_gallery):
     with runlog.StopAtSignal() as stop:
         fsdp.broadcast_from_main(checkpoint.write_config, out, config)
         gallery = make_gallery(out, nets, sources.prompts, args)
-        log = runlog.Log(out, gallery.teacher_figures, start)
+        log = runlog.Log(out, gallery.teacher_metrics, start)
         if start == 0:
             gallery.draw(0)
         tracker = runlog.Tracker(args.track, out, config)

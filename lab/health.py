@@ -121,7 +121,7 @@ def run(out, name, flags, seed):
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     x_teacher = load_file(folder / "run" / "teacher_samples.safetensors")["x0"]
     result = {"rows": [kept(json.loads(line)) for line in lines]}
-    result |= {"teacher": runlog.figures(x_teacher), "moments": moments}
+    result |= {"teacher": runlog.metrics_of(x_teacher), "moments": moments}
     checkpoint.replace_text(file, json.dumps(result))
 
 

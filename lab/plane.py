@@ -426,7 +426,7 @@ class Gallery:
         self.noise = sample.column_noise(model, count, args.student_steps, args.seed)
         teacher = sample.TeacherSampler(model, 50, args.guidance)
         x = teacher.draw(self.noise, self.cond)
-        self.teacher_figures = runlog.figures(x)
+        self.teacher_metrics = runlog.metrics_of(x)
         self.teacher = (teacher.label, x[..., 0, 0], self.label, None)
 
     def draw(self, iteration):

@@ -44,7 +44,7 @@ CURVES = ("fake_loss", "dm", "ca", "mean", "std", "gap", "cosine", "student_grad
 CURVES += ("logit_accuracy",)
 
 
-def figures(x):
+def metrics_of(x):
     """Mean and deviation of samples (B, ...), with which a student's are compared."""
     return {"mean": x.mean().item(), "std": x.flatten(1).std(dim=1).mean().item()}
 
@@ -59,7 +59,7 @@ def relative(name, value, teacher):
 
 def unhealthy(rows, teacher):
     """{name: value} of the health metrics that are out of range in the mean of the last 50 rows, so
-    that one odd batch raises no alarm. teacher: figures of its samples."""
+    that one odd batch raises no alarm. teacher: metrics_of its samples."""
     found = {}
     for name, (low, high, _) in HEALTHY.items():
         values = [relative(name, row[name], teacher) for row in rows[-50:] if name in row]
@@ -110,9 +110,9 @@ class Log:
     warning for each health metric that leaves its range. All ranks keep the rows, the main rank
     writes."""
 
-    def __init__(self, out, teacher_figures, iteration):
+    def __init__(self, out, teacher_metrics, iteration):
         self.path = Path(out) / "metrics.jsonl"
-        self.teacher = teacher_figures
+        self.teacher = teacher_metrics
         self.warned = set()
         self.waiting = {}  # tensors of this rank since the last row
         self.rows = fsdp.broadcast_from_main(self.read, iteration)
@@ -215,7 +215,7 @@ class Gallery:
         self.prompts, self.noise = chosen[:count], noise[:, :count]
         self.cond = model.encode(self.prompts)
         self.batch = args.micro_batch or count
-        self.teacher_figures = figures(self.x_teacher)
+        self.teacher_metrics = metrics_of(self.x_teacher)
 
     def teacher_samples(self, noise, prompts):
         """What the run keeps of the teacher's samples, for itself and for resumes; else drawn."""

@@ -174,7 +174,7 @@ def test_the_teacher_s_samples_are_drawn_once_and_fewer_where_it_is_slow(
     whole = runlog.Gallery(tmp_path / "whole", nets, prompts, args)
     assert whole.x_teacher.shape == (8, *teacher.sample_shape)
     assert "16/16" in capsys.readouterr().err
-    assert whole.teacher_figures == runlog.figures(whole.x_teacher)
+    assert whole.teacher_metrics == runlog.metrics_of(whole.x_teacher)
     monkeypatch.setattr(runlog, "PATIENCE", 0)
     few = runlog.Gallery(tmp_path / "few", nets, prompts, args)
     assert torch.equal(few.x_teacher, whole.x_teacher[:2]) and len(few.prompts) == 2
