@@ -35,6 +35,7 @@ from support.weights import fingerprint
 # Names for --model.
 EMBEDDED = {
     "world": ASSETS / "world_teacher",
+    "world-flow": ASSETS / "world_flow",
     "emoji-classes": ASSETS / "emoji_classes",
 }
 WORLD_PROMPTS = 20_000  # that students of the embedded world are trained on
@@ -46,10 +47,10 @@ def model_path(name):
 
 
 def embedded_set(model):
-    """The name of an embedded teacher, which is that of what it learnt; None for another one."""
+    """What an embedded teacher has learnt: "world" or "emoji-classes"; None for another one."""
     for name, path in EMBEDDED.items():
         if Path(model.name).resolve() == path:
-            return name
+            return name.removesuffix("-flow")
     return None
 
 

@@ -78,8 +78,8 @@ def add_method_flags(group):
         metavar="PATH",
         help="the teacher: Stable Diffusion 1.5, 2 or XL as a diffusers directory, hub id or "
         ".safetensors file; a flow model (SD3, SANA, Z-Image, Lumina 2, FLUX, FLUX.2 klein, "
-        "Qwen-Image) as one of the former two; EDM's .pkl or UNet2DModel directory; emoji-classes, "
-        "the embedded one of that kind (default: world, the embedded text-to-image teacher)",
+        "Qwen-Image) as one of the former two; EDM's .pkl or UNet2DModel directory; world-flow or "
+        "emoji-classes, the embedded ones of these kinds (default: world, that of the first)",
     )
     add_image_size(add)
     add(

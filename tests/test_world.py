@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import Lumina2Pipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 import data
 import eval as evaluation
 import models
-from lab import make_judge, make_world
+import sample
+from lab import make_flow, make_judge, make_world
 from support import world
 from support.cli import UserError
 from support.images import as_tensor
@@ -205,12 +206,34 @@ def test_the_maker_of_the_teacher_resumes_and_writes_what_loads(tmp_path, monkey
     assert model.prediction == "v_prediction" and model.image_size == 64
     tokens = model.pipe.tokenizer([str(p) for p in world.prompts(500, torch.Generator())]).input_ids
     assert max(map(len, tokens)) <= make_world.MAX_TOKENS  # every word is a token
-    check_data(model, monkeypatch)
+    check_data(model, "world", monkeypatch)
 
 
-def check_data(model, monkeypatch):
+def test_the_maker_of_the_flow_teacher_writes_what_diffusers_draws_alike(tmp_path, monkeypatch):
+    flags = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "flow")]
+    flags += ["--text-iterations", "2", "--scene-iterations", "2", "--batch-size", "4"]
+    make_flow.main([*flags, "--scenes", "40", "--device", "cpu"])
+    model = models.load_model(tmp_path / "flow")
+    assert model.prediction == "flow" and model.image_size == 64
+    texts = ["cat face above rainbow", "guitar on blue", ""]
+    cond = model.encode(texts)
+    assert cond["encoder_attention_mask"].sum(1).tolist() == [5, 4, 1]  # without the instruction
+    short = make_flow.encode_with_gemma(texts, model.pipe.text_encoder, model.pipe.tokenizer)
+    x_t = torch.randn(3, *model.sample_shape)
+    torch.testing.assert_close(model.denoiser(x_t, 500, cond), model.denoiser(x_t, 500, short))
+    pipe = Lumina2Pipeline.from_pretrained(tmp_path / "flow", dtype=torch.float32)
+    options = {"height": 64, "width": 64, "cfg_normalization": False, "output_type": "latent"}
+    noise = sample.column_noise(model, 2, 1, 0)
+    options |= {"num_inference_steps": 4, "guidance_scale": 3.0, "latents": noise[0]}
+    expected = pipe(texts[:2], **options).images
+    drawn = sample.TeacherSampler(model, 4, 3.0).draw(noise, model.encode(texts[:2]))
+    torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-3)
+    check_data(model, "world-flow", monkeypatch)
+
+
+def check_data(model, name, monkeypatch):
     """What students of it are trained on."""
-    monkeypatch.setitem(data.EMBEDDED, "world", Path(model.name))
+    monkeypatch.setitem(data.EMBEDDED, name, Path(model.name))
     prompts = data.training_prompts(None, model)
     assert len(prompts.texts) == data.WORLD_PROMPTS
     found = [world.read_prompt(text) for text in prompts.texts[:2000]]
