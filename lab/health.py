@@ -2,11 +2,11 @@
 
     python -m lab.health
 
-Three healthy variants with five seeds each, and nine runs that one flag spoils, of 240 iterations
-on the embedded teacher. Each is an ordinary run of train.py, kept in --out with its log, images and
+Three healthy variants with five seeds each, and nine runs that are spoilt, of 240 iterations on the
+embedded teacher. Each is an ordinary run of train.py, kept in --out with its log, images and
 curves. Of the first seed the Frechet distance and the alignment are measured ten times. A finished
-run is not made again, so an interrupted command goes on. All that the warnings are tuned by is
-written to assets/results/health.json, and images of four moments of each run to --out/health.png.
+run is not made again, so an interrupted command goes on. What the warnings are tuned by is written
+to assets/results/health.json, and images of four moments of each run to --out/health.png.
 """
 
 import contextlib
@@ -143,7 +143,7 @@ def first_warning(result):
     """Iteration of the first warning that the run prints, and of what; or None."""
     rows = result["rows"]
     for i, row in enumerate(rows):
-        found = runlog.unhealthy(rows[: i + 1], result["teacher"])
+        found = runlog.unhealthy(rows[: i + 1], result["teacher"], rows[-1]["iteration"])
         if found:
             return int(row["iteration"]), ", ".join(found)
     return None
@@ -165,7 +165,7 @@ def table(results):
 
 def draw_sheet(out, names):
     """A row for each run: a few images at each of four moments."""
-    left, gap = 190, 8
+    left, gap = 215, 8
     tiles = {}
     for name in names:
         file = file_of(out, name, 0).with_suffix(".png")

@@ -23,22 +23,39 @@ from support.checkpoint import explain_failed_write, replace_text
 from support.cli import UserError
 
 LOG_EVERY = 10
-# Where the health metrics of a run that goes well stay; see losses.health. mean and std are
-# relative to the teacher's samples, see relative. A one-step student is grey at first (std 0.36).
+# Where what `vitals` gives stays in a run that goes well, and what to do where it does not. The
+# ranges come from the runs of docs/health.md.
 HEALTHY = {
     "mean": (
         *(-0.5, 0.5),
         "the student's colours drift: try a lower --learning-rate or a higher --fake-updates",
     ),
     "std": (
-        *(0.25, 1.4),
+        *(0.25, 1.3),
         "below the student goes grey, above it over-saturates: try a lower --guidance or rate",
+    ),
+    "kept std": (
+        *(0.6, math.inf),
+        "its samples have lost much of the contrast that they had: try a lower --learning-rate",
     ),
     "gap": (
         *(0.0, 2.5),
         "the fake score lags behind: try a higher --fake-updates or a lower --learning-rate",
     ),
+    "fake loss": (
+        *(0.0, 3.4),
+        "the student outruns the fake score: try a higher --fake-updates or a lower rate",
+    ),
+    "dm share": (
+        *(0.02, 1.0),
+        "guidance moves the student nearly alone: try a higher --fake-learning-rate or --dm-weight",
+    ),
+    "teacher std": (  # what a model learns is scaled to 1 or less
+        *(0.0, 1.7),
+        "the teacher's own samples are over-saturated: try a lower --guidance",
+    ),
 }
+RECENT = 5  # rows that a warning looks at: one odd batch raises no alarm
 COLLAPSED = 10.0  # times the teacher's std: nothing is left to be saved
 CURVES = ("fake_loss", "dm", "ca", "mean", "std", "gap", "cosine", "student_grad_norm")
 CURVES += ("logit_accuracy",)
@@ -57,15 +74,40 @@ def relative(name, value, teacher):
     return (value - teacher["mean"]) / teacher["std"] if name == "mean" else value
 
 
-def unhealthy(rows, teacher):
-    """{name: value} of the health metrics that are out of range in the mean of the last 50 rows, so
-    that one odd batch raises no alarm. teacher: metrics_of its samples."""
-    found = {}
-    for name, (low, high, _) in HEALTHY.items():
-        values = [relative(name, row[name], teacher) for row in rows[-50:] if name in row]
-        if values and not low <= sum(values) / len(values) <= high:
-            found[name] = sum(values) / len(values)
+def mean_of(rows, name):
+    """Of a metric over the last rows that have it, or None."""
+    values = [row[name] for row in rows[-RECENT:] if name in row]
+    return sum(values) / len(values) if values else None
+
+
+def vitals(rows, teacher):
+    """{name: number} of what tells a run's health, means over its last 50 iterations: metrics that
+    are compared with the teacher's (see relative), with the run's own start, or with one another.
+    teacher: metrics_of its samples."""
+    found = {"teacher std": teacher["std"]}
+    for name in ("mean", "std", "gap"):
+        value = mean_of(rows, name)
+        if value is not None:
+            found[name] = relative(name, value, teacher)
+    if "std" in found:
+        found["kept std"] = mean_of(rows, "std") / max(row["std"] for row in rows if "std" in row)
+    if "fake_loss" in rows[0]:
+        found["fake loss"] = mean_of(rows, "fake_loss") / max(rows[0]["fake_loss"], 1e-12)
+    moved = (mean_of(rows, "dm") or 0) + (mean_of(rows, "ca") or 0)
+    if moved > 0:
+        found["dm share"] = mean_of(rows, "dm") / moved
     return found
+
+
+def unhealthy(rows, teacher, iterations):
+    """{name: value} of the vitals that are out of range, in a run of so many iterations. Its start
+    tells nothing: a fake score that begins as the teacher has no DM yet."""
+    if len(rows) < 3:
+        return {}
+    now = vitals(rows, teacher)
+    if len(rows) < RECENT or rows[-1]["iteration"] < iterations / 10:
+        now.pop("dm share", None)
+    return {name: x for name, x in now.items() if not HEALTHY[name][0] <= x <= HEALTHY[name][1]}
 
 
 def describe(nets, sources, args):
@@ -162,13 +204,13 @@ class Log:
                 "--guidance, or --keep-going",
                 status=1,
             )
-        for name, value in unhealthy(self.rows, self.teacher).items():
+        for name, value in unhealthy(self.rows, self.teacher, args.iterations).items():
             low, high, meaning = HEALTHY[name]
             if name not in self.warned:
                 self.warned.add(name)
                 fsdp.print_main(
                     f"warning: the health metric {name} is {value:.2f}, outside [{low}, {high}]: "
-                    f"{meaning}"
+                    f"{meaning} (docs/health.md)"
                 )
 
     def draw_curves(self):

@@ -88,6 +88,26 @@ def test_a_run_is_watched(tmp_path):
     assert (tmp_path / "health.png").is_file()
 
 
+# Which spoilt runs of docs/health.md no warning tells from healthy ones.
+UNSEEN = {
+    "the critic wins",
+    "noised real data",
+    "no warm-up",
+    "a fake score unlike the teacher",
+}
+
+
+def test_healthy_runs_never_warn_and_most_spoilt_ones_do():
+    results = json.loads(health.RESULTS.read_text())
+    warned = {}
+    for name, result in results.items():
+        warned.setdefault(name.rsplit(",", 1)[0], []).append(health.first_warning(result))
+    for name in health.HEALTHY:
+        assert warned.pop(name) == [None] * health.SEEDS, name
+    assert {name for name, (warning,) in warned.items() if warning is None} == UNSEEN
+    assert warned.keys() == health.SPOILT.keys()
+
+
 @pytest.mark.slow
 def test_nothing_is_lost(tmp_path):
     plane.PlaneModel("gmm")
