@@ -218,6 +218,7 @@ def test_the_maker_of_the_flow_teacher_writes_what_diffusers_draws_alike(tmp_pat
     texts = ["cat face above rainbow", "guitar on blue", ""]
     cond = model.encode(texts)
     assert cond["encoder_attention_mask"].sum(1).tolist() == [5, 4, 1]  # without the instruction
+    assert cond["encoder_attention_mask"].shape[1] == make_world.MAX_TOKENS  # not 256
     short = make_flow.encode_with_gemma(texts, model.pipe.text_encoder, model.pipe.tokenizer)
     x_t = torch.randn(3, *model.sample_shape)
     torch.testing.assert_close(model.denoiser(x_t, 500, cond), model.denoiser(x_t, 500, short))
