@@ -48,7 +48,7 @@ SPOILT = {
     "the critic wins": "--gan-weight 1 --critic-weight 1 --batch-size 4",
     "noised real data": "--student-input data",
     "no warm-up": "--warmup 0 --learning-rate 2e-3",
-    "a fake score unlike the teacher": "",
+    "a fake score unlike the teacher": "",  # see spoil_fake_score
 }
 
 

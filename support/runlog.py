@@ -93,9 +93,9 @@ def vitals(rows, teacher):
         found["kept std"] = mean_of(rows, "std") / max(row["std"] for row in rows if "std" in row)
     if "fake_loss" in rows[0]:
         found["fake loss"] = mean_of(rows, "fake_loss") / max(rows[0]["fake_loss"], 1e-12)
-    moved = (mean_of(rows, "dm") or 0) + (mean_of(rows, "ca") or 0)
-    if moved > 0:
-        found["dm share"] = mean_of(rows, "dm") / moved
+    dm, ca = mean_of(rows, "dm") or 0, mean_of(rows, "ca") or 0
+    if dm + ca > 0:
+        found["dm share"] = dm / (dm + ca)
     return found
 
 

@@ -446,7 +446,6 @@ def test_every_recipe_trains_and_its_student_draws(classes, tmp_path, recipe):
 
 def test_the_teacher_s_steps_are_those_of_its_family(model, monkeypatch):
     assert TEACHER_STEPS == [50, 18]
-    monkeypatch.setattr(models.Model, "default_teacher_steps", 50)
     monkeypatch.setattr(models.ClassModel, "default_teacher_steps", 18)
     assert sample.teacher_steps(model) == 18
     assert sample.teacher_steps(model, asked=3) == 3
