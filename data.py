@@ -339,6 +339,12 @@ class Pairs(Shards):
                 f"the pairs in {folder} were made with guidance {made_with:g}, the run has "
                 f"{guidance:g}: make others with {command}"
             )
+        norm = self.config.get("guidance_norm", "none")
+        if norm != model.guidance_norm:
+            raise UserError(
+                f"the pairs in {folder} were made with --guidance-norm {norm}, the run has "
+                f"{model.guidance_norm}: name the same in both"
+            )
 
 
 class Latents(Shards):
@@ -465,17 +471,25 @@ def main(arguments=None):
             bad = make_pixels(args.out, config, args.bad_share)
         else:
             vae = None if args.what == "latents" else "none"
-            size = args.image_size
-            model = models.load_model(model_path(args.model), device, dtype, vae, image_size=size)
+            model = models.load_model(
+                model_path(args.model),
+                device,
+                dtype,
+                vae,
+                image_size=args.image_size,
+                guidance_norm=args.guidance_norm,
+            )
         if args.what == "prompts":
             make_prompts(args.out, {"model": args.model, "prompts": args.prompts}, model)
         if args.what == "latents":
             config = {"model": args.model, "images": args.images}
             bad = make_latents(args.out, config, model, args.bad_share)
         if args.what == "pairs":
-            names = ("model", "prompts", "count", "steps", "guidance", "seed", "dtype")
-            args.guidance = args.guidance or model.default_guidance
+            names = ("model", "prompts", "count", "steps", "seed", "dtype")
             config = {name: getattr(args, name) for name in names}
+            config["guidance"] = args.guidance or model.default_guidance
+            if model.guidance_norm != "none":
+                config["guidance_norm"] = model.guidance_norm
             make_pairs(args.out, config, model, args.batch_size)
     except KeyboardInterrupt:
         raise UserError(

@@ -1,8 +1,8 @@
 """The equations of distribution matching distillation, as pure functions of tensors.
 
 x is the student's sample, x_t is x diffused to timestep t. A network's prediction of the clean
-sample behind x_t is an x0: x0_fake is the fake score's, x0_cond and x0_uncond are the teacher's
-with and without the condition, x0_real is the teacher's in general.
+sample behind x_t is an x0: x0_fake is the fake score's, x0_cond and x0_guided are the teacher's
+with the condition, without and with guidance, x0_real is the teacher's in general.
 
 Shapes: x, x_t and every x0 are (B, ...). alpha and sigma broadcast against them
 (models.Schedule.at gives (B, 1, 1, 1)). A loss gives one number a sample, (B,): the training step
@@ -57,19 +57,19 @@ def dm_direction(x0_cond, x0_fake):
     return x0_fake - x0_cond
 
 
-def ca_direction(x0_cond, x0_uncond, guidance):
+def ca_direction(x0_cond, x0_guided):
     """CFG augmentation: what guidance adds to distribution matching.
 
-        CA = -(w - 1) (x0_cond - x0_uncond)                                         2511.22677
+        CA = x0_cond - x0_guided = -(w - 1) (x0_cond - x0_uncond)                   2511.22677
 
-    At one x_t the two add up to DMD2's numerator: x0_fake - x0_guided = DM + CA, where
-    x0_guided = x0_uncond + w (x0_cond - x0_uncond).
+    where x0_guided = x0_uncond + w (x0_cond - x0_uncond). The first form holds for every kind of
+    guidance, and shows that at one x_t the two add up to DMD2's numerator:
+    DM + CA = x0_fake - x0_guided.
 
-    x0_cond, x0_uncond (B, ...), guidance scale w -> (B, ...), in units of x. Raises ValueError if
-    the shapes differ.
+    x0_cond, x0_guided (B, ...) -> (B, ...), in units of x. Raises ValueError if the shapes differ.
     """
-    check_same_shape(x0_cond=x0_cond, x0_uncond=x0_uncond)
-    return -(guidance - 1) * (x0_cond - x0_uncond)
+    check_same_shape(x0_cond=x0_cond, x0_guided=x0_guided)
+    return x0_cond - x0_guided
 
 
 def normaliser(x, x0_real, floor):

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import fsdp
@@ -159,15 +160,19 @@ def x0_from_output(prediction, output, x_t, alpha, sigma):
 
 
 class Denoiser(torch.nn.Module):
-    """A network, the schedule it was trained on, and how its output is read."""
+    """A network, the schedule it was trained on, and how its output is read. guidance_norm: a name
+    of GUIDANCE_NORMS, what the guided teacher keeps."""
 
-    def __init__(self, network, schedule, prediction, family, dtype=torch.float32):
+    def __init__(
+        self, network, schedule, prediction, family, dtype=torch.float32, guidance_norm="none"
+    ):
         super().__init__()
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
         self.family = family
         self.dtype = dtype
+        self.guidance_norm = guidance_norm
 
     def forward(self, x_t, t, cond, schedule=None, count=None):
         """x_t (B, C, H, W), t (B,) or an int, cond -> x0 (B, C, H, W), float32.
@@ -301,26 +306,53 @@ def take(batch, index):
 # ----------------------------------------------------------------------------- guidance
 
 
-def cond_and_uncond_x0(teacher, x_t, t, cond, uncond, guidance):
-    """The teacher's x0 with and without the condition, in one pass over twice the batch. At
-    guidance 1 the second is not needed, and the first stands for both."""
-    if guidance == 1:
-        x0_cond = teacher(x_t, t, cond)
-        return x0_cond, x0_cond
-    both = join(cond, {name: uncond[name].expand_as(cond[name]) for name in cond})
-    t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-    return teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-
-
 def guide(x0_cond, x0_uncond, guidance):
     """Classifier-free guidance (2207.12598). It is the same in x0, eps, v and score, since these
     are linear in one another at one x_t."""
     return x0_uncond + guidance * (x0_cond - x0_uncond)
 
 
-def guided_x0(teacher, x_t, t, cond, uncond, guidance):
-    x0_cond, x0_uncond = cond_and_uncond_x0(teacher, x_t, t, cond, uncond, guidance)
-    return guide(x0_cond, x0_uncond, guidance)
+def row_norm(v):
+    """(B, C, H, W) -> (B, C, H, 1)"""
+    return v.norm(dim=-1, keepdim=True)
+
+
+def token_norm(v):
+    """Of 2x2 latents over all channels. (B, C, H, W) -> (B, 1, H, W)"""
+    norm = F.pixel_unshuffle(v, 2).norm(dim=1, keepdim=True)  # (B, 1, H / 2, W / 2)
+    return norm.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+
+# What of the output is as long with guidance as without it, which keeps large scales from
+# over-saturating. Lumina 2's pipeline takes rows and Qwen-Image's takes tokens.
+GUIDANCE_NORMS = {"none": None, "row": row_norm, "token": token_norm}
+
+
+def keep_norm(x0_guided, x0_cond, x_t, norm):
+    """v_guided |v_cond| / |v_guided|, as x0. v = (x_t - x0) / sigma is a flow model's output."""
+    v_cond, v_guided = x_t - x0_cond, x_t - x0_guided  # times sigma
+    return x_t - v_guided * norm(v_cond) / norm(v_guided).clamp(min=1e-12)
+
+
+def cond_and_guided_x0(teacher, x_t, t, cond, uncond, guidance, schedule=None):
+    """The teacher's x0 without guidance and with it, in one pass over twice the batch. At guidance
+    1 the pass without the condition is not needed, and the two are one. schedule: see Denoiser."""
+    if guidance == 1:
+        x0_cond = teacher(x_t, t, cond, schedule)
+        return x0_cond, x0_cond
+    both = join(cond, {name: uncond[name].expand_as(cond[name]) for name in cond})
+    t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+    x0 = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), both, schedule)
+    x0_cond, x0_uncond = x0.chunk(2)
+    x0_guided = guide(x0_cond, x0_uncond, guidance)
+    norm = GUIDANCE_NORMS[teacher.guidance_norm]
+    if norm is not None:
+        x0_guided = keep_norm(x0_guided, x0_cond, x_t, norm)
+    return x0_cond, x0_guided
+
+
+def guided_x0(teacher, x_t, t, cond, uncond, guidance, schedule=None):
+    return cond_and_guided_x0(teacher, x_t, t, cond, uncond, guidance, schedule)[1]
 
 
 # ----------------------------------------------------------------------------- fake score
@@ -466,6 +498,7 @@ class Model:
     sample_prompts = None  # what to draw when nothing is said
     conditions = None  # prompts that were encoded beforehand
     default_teacher_steps = 50
+    guidance_norm = "none"
 
     def __init__(
         self,
@@ -480,15 +513,19 @@ class Model:
         own_vae=True,
         image_size=None,
         conditions=None,
+        guidance_norm=None,
     ):
         self.name, self.family, self.pipe = name, family, pipe
         self.default_guidance = family.guidance
+        self.guidance_norm = guidance_norm or family.guidance_norm
         self.device, self.dtype = torch.device(device), dtype
         self.encoder_device = torch.device(encoder_device or device)
         network = getattr(pipe, family.network)
         network.to(network_device or device, weights_dtype)
         self.sample_shape, self.image_size = self.sizes(image_size)
         schedule, self.prediction = self.read_schedule()
+        if self.guidance_norm != "none" and self.prediction != "flow":
+            raise UserError(f"--guidance-norm is for flow models, which {name} is not")
         self.schedule = schedule.to(device)
         self.denoiser = self.make_denoiser(network).requires_grad_(False).eval()
         self.origin = self.denoiser
@@ -536,7 +573,8 @@ class Model:
         return read_scheduler(self.pipe.scheduler, self.name, self.tokens)
 
     def make_denoiser(self, network):
-        return Denoiser(network, self.schedule, self.prediction, self.family, self.dtype)
+        made_of = (network, self.schedule, self.prediction, self.family, self.dtype)
+        return Denoiser(*made_of, self.guidance_norm)
 
     @property
     def network_class(self):

@@ -76,11 +76,10 @@ class TeacherSampler:
         self.label += f"\nguidance {self.guidance:g}"
 
     def x0(self, x_t, t, cond):
-        model = self.model
-        teacher = functools.partial(model.denoiser, schedule=self.levels)
         if self.progress is not None:
             self.progress.update(len(x_t))
-        return models.guided_x0(teacher, x_t, t, cond, model.uncond, self.guidance)
+        teacher, uncond = self.model.denoiser, self.model.uncond
+        return models.guided_x0(teacher, x_t, t, cond, uncond, self.guidance, self.levels)
 
     @torch.no_grad()
     def draw(self, noise, cond):
@@ -243,6 +242,7 @@ def load_teacher(args, config):
         weights_dtype=dtype,
         encoder_device=args.encoder_device,
         image_size=args.image_size or config.get("image_size"),
+        guidance_norm=args.guidance_norm or config.get("guidance_norm"),
     )
     args.teacher_steps = teacher_steps(model, args.teacher_steps)
     check_steps(model, args.teacher_steps)

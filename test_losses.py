@@ -304,16 +304,30 @@ def test_f_divergence_gradient_in_the_plane(divergence, family, t):
     torch.testing.assert_close(gradient, true_gradient, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["row", "token"])
+def test_the_guided_output_keeps_the_norm(name):
+    """Of v = (x_t - x0) / sigma, whose rows or tokens are only made longer or shorter."""
+    torch.manual_seed(0)
+    x_t, x0_cond, x0_guided = torch.randn(3, 2, 4, 6, 6)
+    norm = models.GUIDANCE_NORMS[name]
+    v = (x_t - models.keep_norm(x0_guided, x0_cond, x_t, norm)) / 0.3
+    v_cond, v_guided = (x_t - x0_cond) / 0.3, (x_t - x0_guided) / 0.3
+    torch.testing.assert_close(norm(v).expand_as(v), norm(v_cond).expand_as(v))
+    torch.testing.assert_close(v * norm(v_guided), v_guided * norm(v_cond))
+    one = {"row": v[1, 2, 3], "token": v[1, :, 2:4, 4:6]}[name]
+    assert norm(v)[1, 2 if name == "row" else 0, 3, 0 if name == "row" else 5] == one.norm()
+    assert models.keep_norm(x_t, x_t, x_t, norm).isfinite().all()
+
+
 def test_directions_add_up_to_dmd2_s_numerator():
     torch.manual_seed(0)
     x0_cond, x0_uncond, x0_fake = torch.randn(3, 5, 3, 4, 4)
     guided = models.guide(x0_cond, x0_uncond, 3.0)
-    total = losses.dm_direction(x0_cond, x0_fake) + losses.ca_direction(x0_cond, x0_uncond, 3.0)
+    ca = losses.ca_direction(x0_cond, guided)
+    torch.testing.assert_close(ca, -(3.0 - 1) * (x0_cond - x0_uncond))
+    total = losses.dm_direction(x0_cond, x0_fake) + ca
     torch.testing.assert_close(total, x0_fake - guided)
-    assert (
-        losses.dm_direction(x0_cond, x0_cond).abs().max() == 0
-        and losses.ca_direction(x0_cond, x0_uncond, 1.0).abs().max() == 0
-    )
+    assert losses.dm_direction(x0_cond, x0_cond).abs().max() == 0
     with pytest.raises(ValueError, match=r"x0_cond \(5, 3, 4, 4\).*x0_fake \(1, 3, 4, 4\)"):
         losses.dm_direction(x0_cond, x0_fake[:1])
 

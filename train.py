@@ -341,31 +341,30 @@ def read_scores(nets, part, args):
     x, x_t, x0_fake = x.detach(), x_t.detach(), x0_fake.detach()  # (B, C, H, W)
     part.logit = None if logit is None else logit.detach()
 
-    # The teacher at tau_DM and at tau_CA. Only a guided normaliser, or CA, needs x0_uncond.
+    # The teacher at tau_DM and at tau_CA. At the former only a guided normaliser needs guidance.
     with torch.no_grad():
         coupled = args.schedule == "coupled"
         guidance = args.guidance if coupled or args.normaliser == "guided" else 1
-        x0_cond, x0_uncond = models.cond_and_uncond_x0(
+        x0_cond, x0_guided = models.cond_and_guided_x0(
             nets.teacher, x_t, part.t_dm, part.cond, nets.uncond, guidance
         )
-        x0_cond_ca, x0_uncond_ca = x0_cond, x0_uncond
+        x0_cond_ca, x0_guided_ca = x0_cond, x0_guided
         if not coupled:
             x_t_ca = schedule.add_noise(x, part.eps_ca, part.t_ca)
-            x0_cond_ca, x0_uncond_ca = models.cond_and_uncond_x0(
+            x0_cond_ca, x0_guided_ca = models.cond_and_guided_x0(
                 nets.teacher, x_t_ca, part.t_ca, part.cond, nets.uncond, args.guidance
             )
 
     # The directions. Coupled, they add up to DMD2's x0_fake - x0_guided.
     part.dm = args.dm_weight * losses.dm_direction(x0_cond, x0_fake)
-    part.ca = args.ca_weight * losses.ca_direction(x0_cond_ca, x0_uncond_ca, args.guidance)
+    part.ca = args.ca_weight * losses.ca_direction(x0_cond_ca, x0_guided_ca)
     if args.normaliser != "none":
-        scale = args.guidance if args.normaliser == "guided" else 1
-        x0_dm = models.guide(x0_cond, x0_uncond, scale)
-        x0_ca = models.guide(x0_cond_ca, x0_uncond_ca, scale)
+        guided = args.normaliser == "guided"
+        x0_dm = x0_guided if guided else x0_cond
+        x0_ca = x0_guided_ca if guided else x0_cond_ca
         part.dm = part.dm / losses.normaliser(x, x0_dm, args.normaliser_floor)
         part.ca = part.ca / losses.normaliser(x, x0_ca, args.normaliser_floor)
-    x0_real = models.guide(x0_cond, x0_uncond, args.guidance)
-    part.health = losses.health(x, x0_real, x0_fake)
+    part.health = losses.health(x, x0_guided, x0_fake)
 
 
 def extra_gradient(x, logit, mean_variance_target, args):
@@ -565,6 +564,7 @@ def prepare(args, load_model=models.load_model, mesh=None):
         encoder_device=args.encoder_device,
         network_device="cpu" if mesh else None,
         image_size=args.image_size,
+        guidance_norm=args.guidance_norm,
         conditions=args.prompts if encoded else None,
     )
     sample.check_steps(model, args.student_steps, args.first_timestep)

@@ -404,12 +404,12 @@ def direction_field(nets, args, t, label=0, reach=2.2, across=17):
     x_t = (nets.schedule.alpha[t] * x)[..., None, None]
     cond = {"class_labels": torch.full((len(x),), label, device=x.device)}
     with torch.no_grad():
-        x0_cond, x0_uncond = models.cond_and_uncond_x0(
+        x0_cond, x0_guided = models.cond_and_guided_x0(
             nets.teacher, x_t, t, cond, nets.uncond, args.guidance
         )
         x0_fake, _ = nets.fake_score(x_t, t, cond)
     dm = args.dm_weight * losses.dm_direction(x0_cond, x0_fake)
-    ca = args.ca_weight * losses.ca_direction(x0_cond, x0_uncond, args.guidance)
+    ca = args.ca_weight * losses.ca_direction(x0_cond, x0_guided)
     return torch.cat([x, x - (dm + ca)[..., 0, 0] / 3], 1).cpu()
 
 

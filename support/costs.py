@@ -155,9 +155,9 @@ def bare_iteration(nets, batch, iteration, args):
         coupled = args.schedule == "coupled"
         scale = args.guidance if coupled or args.normaliser == "guided" else 1
         with torch.no_grad():
-            models.cond_and_uncond_x0(nets.teacher, x, t, cond, nets.uncond, scale)
+            models.cond_and_guided_x0(nets.teacher, x, t, cond, nets.uncond, scale)
             if not coupled:
-                models.cond_and_uncond_x0(nets.teacher, x, t, cond, nets.uncond, args.guidance)
+                models.cond_and_guided_x0(nets.teacher, x, t, cond, nets.uncond, args.guidance)
         x_t = x.clone().requires_grad_()
         with torch.set_grad_enabled(has_gan):
             _, logit = nets.fake_score(x_t, t, cond, x0_graph=False)
@@ -207,7 +207,7 @@ def dmd2_iteration(nets, batch, iteration, args):
         sample = nets.student(x, t, cond)
         with torch.no_grad():
             nets.fake_score.denoiser(x, t, cond)
-            models.cond_and_uncond_x0(nets.teacher, x, t, cond, nets.uncond, args.guidance)
+            models.cond_and_guided_x0(nets.teacher, x, t, cond, nets.uncond, args.guidance)
         loss = sample.sum()
         if has_gan:
             nets.fake_score.requires_grad_(False)

@@ -62,12 +62,18 @@ def train_parser(doc):
     return parser
 
 
-def add_image_size(add):
+def add_teacher_flags(add):
     add(
         "--image-size",
         type=cli.positive,
         metavar="PIXELS",
         help="width and height of images, where a network takes any (default: the model's own)",
+    )
+    add(
+        "--guidance-norm",
+        choices=("none", "row", "token"),
+        help="what of a flow teacher's output keeps its norm under guidance (default: what its "
+        "pipeline keeps, row for Lumina 2, token for Qwen-Image, else none)",
     )
 
 
@@ -81,7 +87,7 @@ def add_method_flags(group):
         "Qwen-Image) as one of the former two; EDM's .pkl or UNet2DModel directory; world-flow or "
         "emoji-classes, the embedded ones of these kinds (default: world, that of the first)",
     )
-    add_image_size(add)
+    add_teacher_flags(add)
     add(
         "--prompts",
         metavar="FILE",
@@ -348,7 +354,7 @@ def add_student_flags(parser):
         f".pt) or LoRA file (default {DEFAULT_RUN})",
     )
     add("--model", metavar="PATH", help="the teacher (default: the one that the run names)")
-    add_image_size(add)
+    add_teacher_flags(add)
     add(
         "--steps",
         type=cli.positive,
@@ -454,7 +460,7 @@ def data_parser(doc):
     add("what", choices=("prompts", "pairs", "latents", "pixels"))
     add("--out", required=True, metavar="DIR", help="folder for them")
     add("--model", metavar="PATH", help="the teacher, as for train.py (default: the embedded one)")
-    add_image_size(add)
+    add_teacher_flags(add)
     add_device_flags(parser, "float32", "bfloat16", default=None)
     add("--prompts", metavar="FILE", help="of prompts and pairs, as for train.py")
     pairs = parser.add_argument_group("pairs")
