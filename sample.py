@@ -4,7 +4,7 @@
     python sample.py --prompts "cat face" "tomato on red" "hot pepper" # words ...
     python sample.py --prompts prompts.txt --out grid.png         # ... or a file, one prompt a line
     python sample.py --student runs/mine --steps 4 1 --guidance 5   # rows for 4 and 1 student steps
-    python sample.py --compare runs/one-step runs/dmd2                # several students
+    python sample.py --compare runs/decoupled runs/dmd2               # several students
     python sample.py --student runs/imagenet --prompts 207 "giant panda"    # classes
     python sample.py --student dmd2_sdxl_4step_unet_fp16.bin --dtype fp16 \\
         --model stabilityai/stable-diffusion-xl-base-1.0 --images out

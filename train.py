@@ -1,9 +1,9 @@
 """Distil a diffusion teacher into a few-step student by distribution matching.
 
-    python train.py                             # DMD2 on the embedded teacher, 4 steps, on a laptop
-    python train.py --student-steps 1 --gan-weight 0         # one step, without the GAN
-    python train.py --variant decoupled           # another paper's method: a preset of the switches
-    python train.py --resume runs/dmd2             # go on with an interrupted run
+    python train.py                    # Decoupled DMD on the embedded teacher, 4 steps, on a laptop
+    python train.py --variant dmd2                # another paper's method: a preset of the switches
+    python train.py --student-steps 1                                                     # one step
+    python train.py --resume runs/decoupled                         # go on with an interrupted run
     torchrun --standalone --nproc_per_node=2 train.py @recipes/sd15_decoupled_4step.args \\
         --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts captions.txt
 

@@ -6,7 +6,8 @@ import argparse
 from support import cli, judges
 from support.cli import UserError
 
-DEFAULT_RUN = "runs/dmd2"
+DEFAULT_VARIANT = "decoupled"
+DEFAULT_RUN = f"runs/{DEFAULT_VARIANT}"
 SAMPLERS = ("deterministic", "heun", "stochastic")
 TRAINING_DTYPE = "bfloat16 where the hardware has it, else float32; weights are float32"
 UNSAVED = ("out", "resume")  # flags that are no part of what a run is
@@ -103,7 +104,7 @@ def add_method_flags(group):
     add(
         "--variant",
         metavar="NAME",
-        default="dmd2",
+        default=DEFAULT_VARIANT,
         help="a preset of the switches below: dmd, dmd2, fdistill or decoupled",
     )
     add("--student-steps", type=cli.positive, default=4, help="of the sampler it is trained for")
@@ -235,7 +236,7 @@ def add_method_flags(group):
 
 def add_optimisation_flags(group):
     add = group.add_argument
-    add("--iterations", type=cli.positive, default=600, help="fake-score updates in all")
+    add("--iterations", type=cli.positive, default=400, help="fake-score updates in all")
     add("--batch-size", type=cli.positive, default=16, help="over all ranks")
     add("--learning-rate", type=cli.positive_number, default=5e-4, help="of the student")
     add("--fake-learning-rate", type=cli.positive_number, default=5e-4, help="of the fake score")

@@ -18,7 +18,7 @@ def parse_arguments(doc, presets, arguments=None):
     said = parser.parse_args(arguments)
     if said.out and said.resume:
         raise UserError("--out and --resume DIR both name a run directory: use one")
-    out = Path(said.resume or said.out or f"runs/{said.variant or 'dmd2'}")
+    out = Path(said.resume or said.out or f"runs/{said.variant or flags.DEFAULT_VARIANT}")
     resumes = said.resume is not None or checkpoint.restarted_by_torchrun(out)
     saved = {}
     if resumes:

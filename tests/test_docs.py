@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from support import flags
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Run elsewhere: by .ci/run itself, by tests of their own, or fetching from the hub.
@@ -122,13 +124,13 @@ def prepared(module, arguments, place):
         made = ["pixels", "--images", "classes", "--out", "pixels", "--size", "16"]
         run("data").main(made)
     wanted = {"runs/sd15": [], "runs/a": [], "runs/b": [], "runs/dmd2": []}
+    wanted[flags.DEFAULT_RUN] = []
     wanted["runs/imagenet"] = ["--model", EDM, "--guidance", "1"]
     made_here = arguments[arguments.index("--out") + 1] if "--out" in arguments else None
     for name, more in wanted.items():
         used = [word for word in arguments if word.startswith(name)]
         if used and name != made_here and not (place / name).exists():
-            flags = [*SMALL_RUN.split(), "--gan-weight", "0", "--out", name, *more]
-            run("train").main(flags)
+            run("train").main([*SMALL_RUN.split(), "--out", name, *more])
 
 
 def clear(module, arguments, place):
@@ -137,7 +139,7 @@ def clear(module, arguments, place):
         return
     words = [word for name in arguments if name[0] == "@" for word in recipe_words(name, place)]
     words += arguments
-    out = "runs/dmd2"
+    out = flags.DEFAULT_RUN
     if "--variant" in words and "--out" not in words:
         out = f"runs/{words[words.index('--variant') + 1]}"
     if "--out" in words:

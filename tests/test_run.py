@@ -21,8 +21,6 @@ from support.networks import Networks
 
 PLANE = ["--batch-size", "8", "--fake-updates", "2", "--warmup", "0", "--save-every", "2"]
 TINY = [
-    "--gan-weight",
-    "0",
     "--batch-size",
     "2",
     "--fake-updates",

@@ -777,7 +777,7 @@ def test_signals_save_and_stop(name, tmp_path, monkeypatch):
 # ------------------------------------------------------------------ 10. messages
 
 MEANT = [
-    (train, "recipes/one_step.args", "did you mean @recipes/one_step.args?"),
+    (train, "recipes/short.args", "did you mean @recipes/short.args?"),
     (train, "--lr 1e-4", "did you mean --learning-rate?"),
     (train, "--learning_rate 1e-4", "did you mean --learning-rate?"),
     (train, "--cfg 7", "did you mean --guidance?"),
