@@ -106,18 +106,18 @@ def wait_for(pids):
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def two_ranks(main, log, *flags):
-    """([exit statuses], what was printed) of a command that two ranks run together."""
-    statuses = wait_for(fork(main, flags, log, processes=2))
+def on_ranks(main, log, *flags, processes=2, **launch):
+    """([exit statuses], what was printed) of a command that so many ranks run together."""
+    statuses = wait_for(fork(main, flags, log, processes=processes, **launch))
     return statuses, Path(log).read_text()
 
 
-def train_tiny(out, *flags, **launch):
+def train_tiny(out, *flags, processes=0, before=None):
     """(exit status of the first process, what was printed)"""
     log = out.parent / f"{out.name}.log"
     flags = flags if "--resume" in flags else [*RUN, "--out", out, *flags]
-    status = wait_for(fork(plane.main, flags, log, **launch))[0]
-    return status, log.read_text()
+    statuses, printed = on_ranks(plane.main, log, *flags, processes=processes, before=before)
+    return statuses[0], printed
 
 
 def undisturbed(out, iterations, **launch):

@@ -216,13 +216,13 @@ def test_real_data_that_do_not_fit_stop_before_training(folders, prompts, images
 @pytest.mark.slow
 def test_latents_and_pairs_are_shared_out_to_two_ranks(folders, prompts, images, sd15, tmp_path):
     latents = f"latents --model {folders['sd15']} --images {images} --out {tmp_path}/latents"
-    statuses, printed = faults.two_ranks(data.main, tmp_path / "log", *latents.split())
+    statuses, printed = faults.on_ranks(data.main, tmp_path / "log", *latents.split())
     assert statuses == [0, 0], printed
     assert data.real_data(sd15, tmp_path / "latents").count == 6
     pairs = f"pairs --model {folders['sd15']} --prompts {prompts} --count 300 --steps 2"
     pairs += " --dtype float32"
     flags = [*pairs.split(), "--out", tmp_path / "shared"]
-    statuses, printed = faults.two_ranks(data.main, tmp_path / "log", *flags)
+    statuses, printed = faults.on_ranks(data.main, tmp_path / "log", *flags)
     assert statuses == [0, 0], printed
     call(data, f"{pairs} --out {tmp_path}/alone")
     alone = data.Pairs(tmp_path / "alone", sd15, sd15.default_guidance)

@@ -534,7 +534,7 @@ def test_two_processes_have_the_gradients_of_one(classes, tmp_path):
     flags += ["--dtype", "float32"]
     assert run("train", *flags, "--out", tmp_path / "one") == 0
     flags += ["--out", tmp_path / "two"]
-    statuses, printed = faults.two_ranks(train.main, tmp_path / "log", *flags)
+    statuses, printed = faults.on_ranks(train.main, tmp_path / "log", *flags)
     assert statuses == [0, 0], printed
     one, two = faults.state_of(tmp_path / "one"), faults.state_of(tmp_path / "two")
     for part in (

@@ -531,7 +531,7 @@ def test_two_processes_write_the_reference_of_one_and_say_what_it_lacks(
     )
     more = ["--write-reference", tmp_path / "two.npz", "--batch-size", 50]
     more += ["--out", tmp_path / "two"]
-    statuses, printed = faults.two_ranks(evaluation.main, tmp_path / "log", *flags, *more)
+    statuses, printed = faults.on_ranks(evaluation.main, tmp_path / "log", *flags, *more)
     assert statuses == [0, 0], printed
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         assert str(one["about"]) == str(two["about"]) and all(
@@ -759,7 +759,7 @@ def test_two_processes_get_the_numbers_of_one(class_runs, tmp_path):
     flags = ["--student", class_runs[0], *CLASSES]
     assert run("eval", *flags, "--out", tmp_path / "one") == 0
     flags += ["--out", tmp_path / "two"]
-    statuses, printed = faults.two_ranks(evaluation.main, tmp_path / "log", *flags)
+    statuses, printed = faults.on_ranks(evaluation.main, tmp_path / "log", *flags)
     assert statuses == [0, 0], printed
     one, two = (
         rows(tmp_path / "one"),

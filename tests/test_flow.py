@@ -434,6 +434,6 @@ def test_two_ranks_make_the_same_run(places, name, tmp_path):
     flags = flags_of_a_run(places, name, tmp_path)
     train.main([*map(str, [*flags, "--iterations", 4, "--out", tmp_path / "alone"])])
     flags += ["--iterations", 4, "--out", tmp_path / "two"]
-    statuses, printed = faults.two_ranks(train.main, tmp_path / "log", *flags)
+    statuses, printed = faults.on_ranks(train.main, tmp_path / "log", *flags)
     assert statuses == [0, 0], printed
     check_same(tmp_path / "two", tmp_path / "alone")

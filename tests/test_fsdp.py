@@ -1,7 +1,6 @@
 """Several processes: the same run however many they are, resumed on other numbers, and failing."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,11 +27,11 @@ FLAGS = [
 def launch(out, *flags, processes=2, shard="full", nodes=1):
     """A run of the plane on forked ranks; returns what it printed."""
     plane.PlaneModel("gmm")  # fitted once, before the fork
-    log = Path(f"{out}.log")
-    words = [*flags, "--shard", shard]
-    pids = faults.fork(plane.main, words, log, processes=processes, nodes=nodes)
-    assert faults.wait_for(pids) == [0] * max(processes, 1), log.read_text()
-    return log.read_text()
+    flags = [*flags, "--shard", shard]
+    ranks = {"processes": processes, "nodes": nodes}
+    statuses, printed = faults.on_ranks(plane.main, f"{out}.log", *flags, **ranks)
+    assert statuses == [0] * max(processes, 1), printed
+    return printed
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +110,7 @@ def test_two_ranks_train_on_the_embedded_teacher(dtype, tmp_path):
         "--out",
         out,
     ]
-    statuses, printed = faults.two_ranks(train.main, tmp_path / "log", *flags)
+    statuses, printed = faults.on_ranks(train.main, tmp_path / "log", *flags)
     assert statuses == [0, 0], printed
     sample.main(
         [
