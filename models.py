@@ -517,7 +517,7 @@ class Model:
     ):
         self.name, self.family, self.pipe = name, family, pipe
         self.default_guidance = family.guidance
-        self.guidance_norm = guidance_norm or family.guidance_norm
+        self.guidance_norm = guidance_norm or "none"
         self.device, self.dtype = torch.device(device), dtype
         self.encoder_device = torch.device(encoder_device or device)
         network = getattr(pipe, family.network)

@@ -117,7 +117,6 @@ class Family:
     can_cut: bool = True  # whether the blocks after it can be given a part of the batch
     lora_layers: tuple = UNET_LORA_LAYERS
     guidance: float = 1.0  # the default scale
-    guidance_norm: str = "none"  # which the pipeline keeps, of models.GUIDANCE_NORMS
     unguided: str = "guidance_scale=0"  # what the pipeline is called with to use none
 
 
@@ -399,12 +398,11 @@ TRANSFORMER = dict(
 SANA = TRANSFORMER | {"unguided": "guidance_scale=0, use_resolution_binning=False"}
 Z_IMAGE = TRANSFORMER | {"middle": layers_middle, "features": z_image_features}
 LUMINA2 = TRANSFORMER | {"middle": layers_middle, "features": lumina2_features}
-LUMINA2 |= {"guidance_norm": "row"}
 FLUX = TRANSFORMER | {"shape": flux_shape, "unguided": "guidance_scale=3.5"}
 FLUX2 = TRANSFORMER | {"shape": flux2_shape, "patch": 2, "multiple": 1}
 FLUX2 |= {"decode": flux2_decode, "encode_images": flux2_encode_images}
 QWEN = FLUX | {"decode": qwen_decode, "encode_images": qwen_encode_images}
-QWEN |= {"unguided": "true_cfg_scale=1", "guidance_norm": "token"}
+QWEN |= {"unguided": "true_cfg_scale=1"}
 
 # The class of a diffusers pipeline (for EDM's networks, of the network) -> how it is used. The
 # default guidance is the pipeline's, in our convention, where 1 is none: Z-Image counts from 0.

@@ -73,8 +73,8 @@ def add_teacher_flags(add):
     add(
         "--guidance-norm",
         choices=("none", "row", "token"),
-        help="what of a flow teacher's output keeps its norm under guidance (default: what its "
-        "pipeline keeps, row for Lumina 2, token for Qwen-Image, else none)",
+        help="what of a flow teacher's output keeps its norm under guidance: row in Lumina 2's "
+        "pipeline, token in Qwen-Image's (default: none)",
     )
 
 

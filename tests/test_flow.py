@@ -35,6 +35,7 @@ GUIDED = {
     "qwen": {"negative_prompt": ["", ""], "true_cfg_scale": 2.0},
 }
 UNGUIDED = ("flux",)  # it is told its scale
+NORMS = {"lumina2": "row", "qwen": "token"}  # which their pipelines keep
 
 
 def some(*quick, of=flows.MAKERS):
@@ -48,13 +49,13 @@ def places(tmp_path_factory):
     return {name: flows.write_flow_pipeline(place / name, name) for name in flows.MAKERS}
 
 
-def load(places, name):
-    return models.load_model(places[name], image_size=IMAGE_SIZES[name])
+def load(places, name, **options):
+    return models.load_model(places[name], image_size=IMAGE_SIZES[name], **options)
 
 
 @pytest.mark.parametrize("name", flows.MAKERS)
 def test_a_teacher_draws_what_its_pipeline_draws(places, name):
-    model = load(places, name)
+    model = load(places, name, guidance_norm=NORMS.get(name))
     noise = sample.column_noise(model, 2, 1, seed=0)
     guidance = 1.0 if name in UNGUIDED else 2.0
     x = sample.TeacherSampler(model, 4, guidance).draw(noise, model.encode(PROMPTS))
@@ -70,11 +71,11 @@ def test_a_teacher_draws_what_its_pipeline_draws(places, name):
     torch.testing.assert_close(model.decode(x), images, atol=1e-3, rtol=1e-3)
 
 
-def test_a_guided_output_keeps_its_norm_where_the_pipeline_s_does(places, tmp_path):
-    """Lumina 2's rows by default, without which it is its pipeline without cfg_normalization;
-    pairs that were made otherwise are refused."""
+def test_a_guided_output_keeps_its_norm_if_that_is_asked_for(places, tmp_path):
+    """Without the flag Lumina 2's is that of its pipeline without cfg_normalization; pairs that
+    were made otherwise are refused."""
     place, size = places["lumina2"], IMAGE_SIZES["lumina2"]
-    plain = models.load_model(place, image_size=size, guidance_norm="none")
+    plain = load(places, "lumina2")
     noise = sample.column_noise(plain, 2, 1, seed=0)
     x = sample.TeacherSampler(plain, 4, 2.0).draw(noise, plain.encode(PROMPTS))
     options = dict(sigmas=SIGMAS, height=size, width=size, output_type="latent")
@@ -86,10 +87,10 @@ def test_a_guided_output_keeps_its_norm_where_the_pipeline_s_does(places, tmp_pa
     prompts.write_text("\n".join(PROMPTS))
     flags = f"--model {place} --image-size {size} --prompts {prompts} --guidance 2"
     made = f"pairs {flags} --count 2 --steps 2 --out {tmp_path}/pairs"
-    data.main(f"{made} --guidance-norm none".split())
-    data.Pairs(tmp_path / "pairs", plain, 2.0)
-    with pytest.raises(UserError, match="with --guidance-norm none, the run has row"):
-        data.Pairs(tmp_path / "pairs", load(places, "lumina2"), 2.0)
+    data.main(f"{made} --guidance-norm row".split())
+    data.Pairs(tmp_path / "pairs", load(places, "lumina2", guidance_norm="row"), 2.0)
+    with pytest.raises(UserError, match="with --guidance-norm row, the run has none"):
+        data.Pairs(tmp_path / "pairs", plain, 2.0)
     with pytest.raises(UserError, match="--guidance-norm is for flow models"):
         data.main(["pairs", "--out", str(tmp_path / "other"), "--guidance-norm", "row"])
 
