@@ -28,6 +28,7 @@ from models import ASSETS
 from support import embedded, images, shards, world
 from support.cli import UserError
 from support.lmdb_data import Lmdb
+from support.precision import compute_in
 from support.prompt_files import read_prompts
 from support.shards import SHARD, Shards, as_sample
 from support.weights import fingerprint
@@ -165,7 +166,7 @@ class Encoded:
         """(B, C, h, w) of index (B,)."""
         for i in index[~self.known[index]].tolist():  # alone, so that rounding is the same
             image = self.image(i, torch.Generator().manual_seed(mix_seed(i, 0)))
-            with models.compute_in(self.model.dtype, image):
+            with compute_in(self.model.dtype, image):
                 self.x[i] = self.model.encode_images(image)[0]
             self.known[i] = True
         return self.x[index]

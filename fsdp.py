@@ -185,7 +185,7 @@ def shard(module, mesh, device, dtype):
 
     Master weights and optimizer state are float32. With dtype bfloat16 parameters are gathered as
     such, which halves the traffic, and gradients are still averaged in float32. Inputs stay as they
-    are: autocast (models.compute_in) casts where it pays, and x_t is needed in float32.
+    are: autocast (precision.compute_in) casts where it pays, and x_t is needed in float32.
     """
     if mesh is None or not any(True for _ in module.parameters()):
         return module.to(device)

@@ -18,7 +18,6 @@ optimizers.
 
 import dataclasses
 import functools
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from models import take
 from support import checkpoint, runlog, runs, students
 from support.ahead import Ahead
 from support.networks import Networks
+from support.precision import keep_casts
 
 # Each paper's method is a preset of the switches; a flag on the command line overrides it.
 VARIANTS = {
@@ -71,14 +71,6 @@ class Sources:
     prompts: data.Prompts
     real: object = None
     pairs: data.Pairs | None = None
-
-    def about(self):
-        """What a resumed run has to find again: {flag: a short text}."""
-        about = {"prompts": self.prompts.texts}
-        for name, source in (("real", self.real), ("pairs", self.pairs)):
-            about[name] = [source.count, source.digests] if source is not None else None
-        texts = {name: repr(thing).encode() for name, thing in about.items()}
-        return {name: hashlib.sha256(text).hexdigest()[:16] for name, text in texts.items()}
 
 
 @dataclass
@@ -217,7 +209,7 @@ def has_scores(args):
 # ----------------------------------------------------------------------------- one iteration
 
 
-@models.keep_casts()
+@keep_casts()
 def iterate(nets, batch, iteration, args):
     """Draw samples of the student; every K-th time move the student; always move the fake score.
     Returns metrics as tensors."""
@@ -569,15 +561,7 @@ def prepare(args, load_model=models.load_model, mesh=None):
     )
     sample.check_steps(model, args.student_steps, args.first_timestep)
     args.guidance = args.guidance or model.default_guidance
-    if model.prediction == "edm" and args.guidance != 1:
-        fsdp.print_main(
-            f"warning: --guidance {args.guidance:g}: EDM's networks learnt every image with its "
-            "label, and their output without one guides nowhere; --guidance 1 is none"
-        )
-    if getattr(model.pipe, "config", {}).get("is_distilled") and args.guidance != 1:
-        fsdp.print_main(
-            f"warning: {model.name} is distilled itself: guidance, and so CA, have no effect there"
-        )
+    runs.warn_of_guidance(model, args.guidance)
     fsdp.local_slice(args.batch_size)
     runlog.import_tracker(args.track)
     sources = open_sources(model, args)

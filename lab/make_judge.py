@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import models
 from fsdp import default_dtype
 from lab.training import learning_rate_scale
 from support import cli, world
 from support.images import as_tensor
 from support.judges.world import CATEGORIES, CELLS, WEIGHTS, Reader, WorldJudge
+from support.precision import compute_in
 
 
 def labels_of(prompt, places):
@@ -65,7 +65,7 @@ def train_reader(args):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * learning_rate_scale(iteration, args.iterations)
         images, labels = make_batch(args.batch_size, generator)
-        with models.compute_in(getattr(torch, default_dtype("cpu")), images):
+        with compute_in(getattr(torch, default_dtype("cpu")), images):
             logits, _ = reader(worsen(images, generator))
         loss = F.cross_entropy(logits.float(), labels)
         loss.backward()

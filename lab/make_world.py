@@ -38,6 +38,7 @@ from fsdp import default_dtype
 from lab.training import average_of, save_state, train
 from support import cli, world
 from support.families import FAMILIES
+from support.precision import compute_in
 from support.shards import as_sample
 
 LATENTS = 8
@@ -116,7 +117,7 @@ def latents_of(vae, prompts, generator, args):
     for start in tqdm(range(0, len(prompts), 64), desc="latents"):
         x = as_sample(world.scenes(prompts[start : start + 64], generator)).to(args.device)
         x = x.to(memory_format=torch.channels_last)
-        with models.compute_in(getattr(torch, default_dtype(args.device)), x):
+        with compute_in(getattr(torch, default_dtype(args.device)), x):
             latents.append(vae.encode(x).latent_dist.mode().float().cpu())
     return torch.cat(latents)
 

@@ -6,9 +6,9 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-import models
 from fsdp import default_dtype
 from support import checkpoint
+from support.precision import compute_in
 
 LEARNING_RATE = 1e-3
 
@@ -53,7 +53,7 @@ def train(stage, iterations, modules, loss_of, args, average=None):
     for iteration in progress:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * learning_rate_scale(iteration, iterations)
-        with models.compute_in(dtype, torch.empty(8, 8, device=args.device)):
+        with compute_in(dtype, torch.empty(8, 8, device=args.device)):
             loss = loss_of(generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)

@@ -25,11 +25,11 @@ import torch
 from tqdm import tqdm
 
 import fsdp
-import models
 import train
 from support.ahead import Ahead
 from support.cli import UserError
 from support.costs import bare_iteration
+from support.precision import keep_casts
 
 # ----------------------------------------------------------------------------- seconds
 
@@ -40,7 +40,7 @@ def clock(device):
     return time.perf_counter()
 
 
-@models.keep_casts()
+@keep_casts()
 def bare_passes(nets, batch, iteration, args):
     for part in batch.split(args.micro_batch):
         bare_iteration(nets, part, iteration, args)

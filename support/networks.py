@@ -8,6 +8,7 @@ import losses
 import models
 from support import students
 from support.perceptual import lpips_loss
+from support.precision import forget_casts
 from support.weights import fingerprint
 
 
@@ -106,8 +107,3 @@ def make_optimizer(module, learning_rate):
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=True)
     optimizer.register_step_post_hook(forget_casts)
     return optimizer
-
-
-def forget_casts(*_):
-    """The weights have moved: what models.keep_casts has kept of them is old."""
-    torch.clear_autocast_cache()

@@ -1,5 +1,6 @@
 """A run's flags, and going on with a run: what may change, and what must be the same."""
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -129,6 +130,21 @@ def check_arguments(args):
         )
 
 
+def warn_of_guidance(model, guidance):
+    """Where the model is one that guidance does nothing good for."""
+    if guidance == 1:
+        return
+    if model.prediction == "edm":
+        fsdp.print_main(
+            f"warning: --guidance {guidance:g}: EDM's networks learnt every image with its label, "
+            "and their output without one guides nowhere; --guidance 1 is none"
+        )
+    if getattr(model.pipe, "config", {}).get("is_distilled"):
+        fsdp.print_main(
+            f"warning: {model.name} is distilled itself: guidance, and so CA, have no effect there"
+        )
+
+
 # ----------------------------------------------------------------------------- going on
 
 
@@ -139,8 +155,17 @@ def about(nets, sources):
     return {
         "teacher": nets.teacher_print,
         "network": {"class": nets.model.network_class.__name__} | options,
-        "data": sources.about(),
+        "data": data_about(sources),
     }
+
+
+def data_about(sources):
+    """{flag: a short text}"""
+    about = {"prompts": sources.prompts.texts}
+    for name, source in (("real", sources.real), ("pairs", sources.pairs)):
+        about[name] = [source.count, source.digests] if source is not None else None
+    texts = {name: repr(thing).encode() for name, thing in about.items()}
+    return {name: hashlib.sha256(text).hexdigest()[:16] for name, text in texts.items()}
 
 
 def restore(nets, sources, args):

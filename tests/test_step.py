@@ -15,6 +15,7 @@ import train
 from lab import plane
 from support.ahead import Ahead
 from support.cli import UserError
+from support.precision import keep_casts
 
 BASE = [f"@{plane.RECIPE}", "--batch-size", "4", "--student-steps", "4", "--guidance", "1.5"]
 
@@ -407,7 +408,7 @@ def test_weights_are_cast_once_in_a_step_and_nothing_else_changes(monkeypatch, f
 def test_after_an_optimizer_s_step_weights_are_cast_anew():
     nets, sources, args = setup("--dtype", "bfloat16")
     batch = train.draw_batch(nets, sources, 0, args)
-    with models.keep_casts():
+    with keep_casts():
         before = nets.student(batch.eps_dm, batch.t_dm, batch.cond)
         before.sum().backward()
         nets.student_optimizer.step()
