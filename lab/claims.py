@@ -478,8 +478,8 @@ CLAIMS = (
         paper="2511.22677 has none",
         world="scenes",
         arms={
-            "guided": SCENE_FOUR,
-            "conditional": f"{SCENE_FOUR} --normaliser conditional",
+            "guided": f"{SCENE_FOUR} --normaliser guided",
+            "conditional": SCENE_FOUR,  # as its preset has it
             "none": f"{SCENE_FOUR} --normaliser none",
         },
         metrics=SCENE_METRICS,

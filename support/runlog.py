@@ -50,6 +50,10 @@ HEALTHY = {
         *(0.02, 1.0),
         "guidance moves the student nearly alone: try a higher --fake-learning-rate or --dm-weight",
     ),
+    "gan share": (
+        *(0.0, 0.5),
+        "the critic moves the student more than the teacher does: try a lower --gan-weight",
+    ),
     "teacher std": (  # what a model learns is scaled to 1 or less
         *(0.0, 1.7),
         "the teacher's own samples are over-saturated: try a lower --guidance",
@@ -58,7 +62,7 @@ HEALTHY = {
 RECENT = 5  # rows that a warning looks at: one odd batch raises no alarm
 COLLAPSED = 10.0  # times the teacher's std: nothing is left to be saved
 CURVES = ("fake_loss", "dm", "ca", "mean", "std", "gap", "cosine", "student_grad_norm")
-CURVES += ("logit_accuracy",)
+CURVES += ("gan", "logit_accuracy")
 
 
 def metrics_of(x):
@@ -96,6 +100,8 @@ def vitals(rows, teacher):
     dm, ca = mean_of(rows, "dm") or 0, mean_of(rows, "ca") or 0
     if dm + ca > 0:
         found["dm share"] = dm / (dm + ca)
+        gan = mean_of(rows, "gan") or 0
+        found["gan share"] = gan / (dm + ca + gan)
     return found
 
 
