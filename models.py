@@ -14,6 +14,7 @@ import contextlib
 import copy
 import functools
 import math
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -466,6 +467,7 @@ class Model:
     conditions = None  # prompts that were encoded beforehand
     default_teacher_steps = 50
     guidance_norm = "none"
+    encoding = threading.Lock()  # a tokenizer is not safe in two threads, and batches come ahead
 
     def __init__(
         self,
@@ -551,7 +553,8 @@ class Model:
     def encode(self, prompts):
         """list of str -> cond, float32 on the model's device."""
         encode = self.conditions or functools.partial(self.family.encode, self)
-        cond = encode(list(prompts))
+        with self.encoding:
+            cond = encode(list(prompts))
         return {
             name: value.to(self.device, torch.float32 if value.is_floating_point() else None)
             for name, value in cond.items()

@@ -1,6 +1,7 @@
 """The training step: what moves, by which gradient, and that micro-batches change nothing."""
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -360,6 +361,28 @@ def test_batches_are_drawn_in_the_background_one_ahead():
             assert item == i * i and set(made) <= set(range(2, i + 2))
     assert made == [2, 3, 4, 5] and threading.get_ident() not in threads
     assert len(ahead) == 7 and ahead.waited > 0
+
+
+def test_prompts_are_encoded_by_one_thread_at_a_time(monkeypatch):
+    """A tokenizer in two threads may pad for the one as the other asked."""
+    model = models.load_model(data.model_path(None))
+    inside, most = [], []
+    encode = functools.partial(model.family.encode, model)
+
+    def watched(prompts):
+        inside.append(1)
+        most.append(len(inside))
+        cond = encode(prompts)
+        inside.pop()
+        return cond
+
+    monkeypatch.setattr(model, "conditions", watched)
+    threads = [threading.Thread(target=model.encode, args=(["cat"] * 32,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 8
 
 
 def test_a_pass_without_a_graph_for_x0_has_the_logits_and_their_gradient():
