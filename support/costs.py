@@ -311,8 +311,8 @@ def networks_without_weights(name, has_gan):
 COMMON = ["--guidance", "7.5", "--fake-updates", "5"]
 # What a student is trained by -> flags of train.py, besides those.
 SETTINGS = {
-    "DMD2 without GAN": "--gan-weight 0",
-    "DMD2": "--gan-weight 5e-3",
+    "DMD2 without GAN": "--variant dmd2 --gan-weight 0",
+    "DMD2": "--variant dmd2",
     "Decoupled DMD": "--variant decoupled",
 }
 
