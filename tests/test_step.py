@@ -320,7 +320,8 @@ ONE_PASS += [("--model emoji-classes --guidance 1", 5e-6)]
 def test_samples_and_real_data_in_one_pass_have_the_gradients_of_two(flags, rounding):
     """The blocks above the middle see the samples only: x0, logits and every gradient are those of
     two whole passes."""
-    args = train.parse_arguments([*flags.split(), "--batch-size", "2", "--gan-weight", "1"])
+    flags += " --variant dmd2 --batch-size 2 --gan-weight 1"
+    args = train.parse_arguments(flags.split())
     nets, sources = train.prepare(args, plane.load_model if "gmm" in flags else models.load_model)
     batch = train.draw_batch(nets, sources, 0, args)
     t, x_t, x_t_real = batch.t_fake, batch.eps_fake, batch.x_real + batch.eps_real
