@@ -347,7 +347,7 @@ def read_scores(nets, part, args):
                 nets.teacher, x_t_ca, part.t_ca, part.cond, nets.uncond, args.guidance
             )
 
-    # The directions. Coupled, they add up to DMD2's x0_fake - x0_guided.
+    # The directions. Coupled and not weighed, they add up to DMD2's x0_fake - x0_guided.
     part.dm = args.dm_weight * losses.dm_direction(x0_cond, x0_fake)
     part.ca = args.ca_weight * losses.ca_direction(x0_cond_ca, x0_guided_ca)
     if args.normaliser != "none":
