@@ -33,6 +33,8 @@ TINY = (
 SMALL = [
     "--model",
     TINY,
+    "--variant",
+    "dmd2",
     "--batch-size",
     4,
     "--fake-updates",
