@@ -291,8 +291,8 @@ def token_norm(v):
     return norm.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 
 
-# What of the output is as long with guidance as without it, which keeps large scales from
-# over-saturating. Lumina 2's pipeline takes rows and Qwen-Image's takes tokens.
+# What of the output is as long with guidance as without it, against over-saturation at large
+# scales. Lumina 2's pipeline takes rows and Qwen-Image's takes tokens.
 GUIDANCE_NORMS = {"none": None, "row": row_norm, "token": token_norm}
 
 
@@ -495,6 +495,10 @@ class Model:
         schedule, self.prediction = self.read_schedule()
         if self.guidance_norm != "none" and self.prediction != "flow":
             raise UserError(f"--guidance-norm is for flow models, which {name} is not")
+        if self.guidance_norm == "token" and self.sample_shape[1] % 2:
+            raise UserError(
+                f"--guidance-norm token is of 2x2 latents: {self.sample_shape[1]} a side are odd"
+            )
         self.schedule = schedule.to(device)
         self.denoiser = self.make_denoiser(network).requires_grad_(False).eval()
         self.origin = self.denoiser
@@ -542,8 +546,9 @@ class Model:
         return read_scheduler(self.pipe.scheduler, self.name, self.tokens)
 
     def make_denoiser(self, network):
-        made_of = (network, self.schedule, self.prediction, self.family, self.dtype)
-        return Denoiser(*made_of, self.guidance_norm)
+        return Denoiser(
+            network, self.schedule, self.prediction, self.family, self.dtype, self.guidance_norm
+        )
 
     @property
     def network_class(self):

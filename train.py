@@ -408,7 +408,7 @@ def step_metrics(parts):
             "dm": losses.mean_per_sample(part.dm.abs()),
             "ca": losses.mean_per_sample(part.ca.abs()),
         }
-        if part.logit is not None:
+        if part.logit is not None:  # with the mean-variance term's, where there is one
             sizes["gan"] = losses.mean_per_sample(part.extra.abs()) * part.x[0].numel()
         rows.append(sizes | part.health)
     return {name: torch.cat([row[name] for row in rows]).mean() for name in rows[0]}

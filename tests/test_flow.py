@@ -14,7 +14,8 @@ import models
 import sample
 import train
 from lab import faults, plane
-from support import shards, students
+from support import flags as cli_flags
+from support import runs, shards, students
 from support.cli import UserError
 from support.networks import Networks, trained
 from tests import flows
@@ -93,6 +94,21 @@ def test_a_guided_output_keeps_its_norm_if_that_is_asked_for(places, tmp_path):
         data.Pairs(tmp_path / "pairs", plain, 2.0)
     with pytest.raises(UserError, match="--guidance-norm is for flow models"):
         data.main(["pairs", "--out", str(tmp_path / "other"), "--guidance-norm", "row"])
+    other = load(places, "flux2")
+    size = 3 * other.image_size // other.sample_shape[1]
+    with pytest.raises(UserError, match="token is of 2x2 latents: 3 a side are odd"):
+        models.load_model(places["flux2"], image_size=size, guidance_norm="token")
+
+
+def test_a_run_trains_with_the_norm_that_it_is_told_and_its_student_s_teacher_keeps_it(
+    places, tmp_path
+):
+    flags = [*flags_of_a_run(places, "lumina2", tmp_path), "--guidance-norm", "row"]
+    args = train.parse_arguments([str(word) for word in flags])
+    nets, _ = train.prepare(args)
+    asked = cli_flags.sample_parser("").parse_args(["--device", "cpu"])
+    model = sample.load_teacher(asked, runs.configuration(args))
+    assert nets.teacher.guidance_norm == model.denoiser.guidance_norm == "row"
 
 
 @pytest.mark.parametrize("name", flows.MAKERS)
