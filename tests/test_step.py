@@ -294,6 +294,21 @@ def test_f_distill_normalises_both_ways():
     torch.testing.assert_close(h, (r / (r + 1)) / (r / (r + 1)).mean())
 
 
+def test_the_gan_s_share_is_in_units_of_the_directions():
+    """The student's gradient is (DM + CA) / elements and the GAN's own."""
+    nets, sources, args = setup("--gan-weight", "0.5")
+    batch = train.draw_batch(nets, sources, 0, args)
+    batch.x = torch.randn(4, *nets.model.sample_shape)
+    train.read_scores(nets, batch, args)
+    x = batch.x.clone().requires_grad_()
+    _, logit = nets.fake_score(
+        nets.schedule.add_noise(x, batch.eps_dm, batch.t_dm), batch.t_dm, batch.cond
+    )
+    (0.5 * losses.gan_student_loss(logit)).sum().backward()
+    expected = (x.grad * x[0].numel()).abs().mean()
+    torch.testing.assert_close(train.step_metrics([batch])["gan"], expected)
+
+
 def test_no_clipping_leaves_the_gradient():
     layer = torch.nn.Linear(3, 3)
     layer(torch.ones(2, 3)).sum().mul(100).backward()
