@@ -10,7 +10,6 @@ cond is a dict of batch-first tensors with the names of the network's own argume
 concatenated, sliced and handed on without knowing which model family it belongs to.
 """
 
-import contextlib
 import copy
 import functools
 import math
@@ -21,13 +20,13 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 
 import fsdp
 from support import edm, pipelines
 from support.cli import UserError
 from support.conditions import Conditions
 from support.families import FAMILIES
+from support.middle import read_middle
 from support.precision import compute_in
 from support.weights import fingerprint
 
@@ -116,24 +115,10 @@ def read_scheduler(scheduler, name, tokens=None):
     """Tables and prediction type of a diffusers scheduler -> Schedule, str. tokens: an image's,
     which flow models may shift by."""
     config = scheduler.config
-    kind = type(scheduler).__name__
-    if kind == "FlowMatchEulerDiscreteScheduler" or config.get("use_flow_sigmas"):
+    flow_euler = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    if flow_euler or config.get("use_flow_sigmas"):
         return flow_schedule(config.num_train_timesteps, flow_shift(config, tokens)), "flow"
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise UserError(f"{name}: no noise schedule is known for the scheduler {kind}")
-    levels = torch.as_tensor(scheduler.alphas_cumprod)
-    if levels.dim() != 1 or len(levels) == 0 or not ((levels >= 0) & (levels <= 1)).all():
-        raise UserError(f"{name}: its scheduler's noise levels are not between 0 and 1")
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"{name}: its scheduler's prediction type {prediction!r} is not epsilon or v_prediction"
-        )
-    if prediction == "epsilon" and levels.min() < 1e-6:
-        raise UserError(
-            f"{name}: its scheduler rescales betas to zero terminal signal-to-noise ratio, where a "
-            "network that predicts epsilon says nothing of x0: such a model should predict v"
-        )
+    levels, prediction = pipelines.vp_levels(scheduler, name)
     return vp_schedule(levels), prediction
 
 
@@ -197,64 +182,10 @@ class Denoiser(torch.nn.Module):
         count: x0 of the first so many samples only. The blocks above the middle see no others.
         x0_graph: whether these blocks keep what a backward pass from x0 needs.
         """
-        seen, total = [], len(x_t)
-        count = total if count is None else count
-        grad_before = torch.is_grad_enabled()
-
-        def keep_input(block, inputs):
-            seen.append(inputs[0])
-
-        def keep_output(block, inputs, output):
-            seen.append(output)
-
-        def stop_graph(block, inputs):
-            torch.set_grad_enabled(False)
-
-        def keep_first(block, inputs, options):
-            return first_samples(inputs, total, count), first_samples(options, total, count)
-
-        middle, above = self.family.middle(self.network)
-        if self.family.reads == "input":
-            hooks = [middle.register_forward_pre_hook(keep_input)]
-        else:
-            hooks = [middle.register_forward_hook(keep_output)]
-        if not x0_graph and above:
-            hooks.append(above[0].register_forward_pre_hook(stop_graph))
-        if count < total and self.family.can_cut:
-            for block in above:
-                hooks.append(block.register_forward_pre_hook(keep_first, with_kwargs=True))
-        try:
+        count = len(x_t) if count is None else count
+        with read_middle(self.family, self.network, len(x_t), count, x0_graph) as seen:
             x0 = self(x_t, t, cond, count=count)
-        finally:
-            torch.set_grad_enabled(grad_before)
-            for hook in hooks:
-                hook.remove()
         return x0, self.family.features(seen[0], x_t, cond)
-
-
-def first_samples(value, total, count):
-    """The first `count` of `total` samples of a tensor, or of all tensors in a tuple or dict."""
-    if isinstance(value, torch.Tensor):
-        return value[:count] if value.dim() > 0 and len(value) == total else value
-    if isinstance(value, (tuple, list)):
-        return tuple(first_samples(part, total, count) for part in value)
-    if isinstance(value, dict):
-        return {name: first_samples(part, total, count) for name, part in value.items()}
-    return value
-
-
-def checkpoint_activations(denoiser, sample_shape):
-    """Recompute activations in the backward pass, with the kernels of the forward pass."""
-
-    like = torch.empty(sample_shape, device=denoiser.schedule.alpha.device)
-
-    def contexts():
-        return contextlib.nullcontext(), compute_in(denoiser.dtype, like)
-
-    recompute = functools.partial(
-        torch.utils.checkpoint.checkpoint, use_reentrant=False, context_fn=contexts
-    )
-    denoiser.network.enable_gradient_checkpointing(recompute)
 
 
 def join(*conds):

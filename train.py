@@ -35,7 +35,7 @@ import losses
 import models
 import sample
 from models import take
-from support import checkpoint, runlog, runs, students
+from support import checkpoint, later, runlog, runs, students
 from support.ahead import Ahead
 from support.networks import Networks
 from support.precision import keep_casts
@@ -58,7 +58,6 @@ SCHEDULES = {
 }
 
 R1_DISTANCE = 0.1  # of the data beside real data, in their own units. FastGen's
-FIRST_STEP_PASSES = 8  # steps of the teacher to the student's second timestep. 2602.03139: 5 to 10
 
 
 # ----------------------------------------------------------------------------- one batch
@@ -134,14 +133,6 @@ def draw_levels(schedule, noise_levels, t_in, T, draws, renoise_shift=1.0):
     return t_dm, t_ca
 
 
-def draw_timesteps(first, most, T, draws):
-    """The student's timesteps of one iteration, up to `most` of them: the first, and any others
-    from .25 T to .95 T. 2605.06376, values of its released code."""
-    count = draws.below(most)
-    others = [int(0.25 * T) + draws.below(int(0.7 * T)) for _ in range(count)]
-    return [first, *sorted(set(others), reverse=True)]
-
-
 def draw_batch(nets, sources, iteration, args):
     """All random numbers, prompts and data of an iteration, for this rank's samples."""
     model, schedule, T = nets.model, nets.schedule, len(nets.schedule)
@@ -152,7 +143,7 @@ def draw_batch(nets, sources, iteration, args):
     # What the student is given.
     timesteps = nets.timesteps
     if args.random_steps:
-        timesteps = draw_timesteps(timesteps[0], args.random_steps, T, draws)
+        timesteps = later.draw_timesteps(timesteps[0], args.random_steps, T, draws)
     first = 1 if args.first_step_weight > 0 else 0  # that step is left to a loss of its own
     step = first + draws.below(len(timesteps) - first)  # one for the whole batch
     if args.student_input == "backward":  # backward simulation: the student's own earlier steps
@@ -281,7 +272,7 @@ def student_step(nets, parts, args):
             (args.regression_weight * loss.sum() / batch_size).backward()
             metrics["regression"] = loss.detach().mean()
         if args.first_step_weight > 0:
-            loss = first_step_loss(nets, part, args)  # (B,)
+            loss = later.first_step_loss(nets, part.noise[:, 0], part.cond, args.guidance)  # (B,)
             (args.first_step_weight * loss.sum() / batch_size).backward()
             metrics["first_step"] = loss.detach().mean()
 
@@ -292,29 +283,6 @@ def student_step(nets, parts, args):
     if args.ida < 1:
         nets.pull_fake_score(args.ida)
     return metrics
-
-
-def first_step_loss(nets, part, args):
-    """DP-DMD (2602.03139): the student's first step leads where several of the guided teacher's
-    lead from the same noise, which keeps the variety that DM loses. Mean square error of v."""
-    schedule, (first, second) = nets.schedule, nets.timesteps[:2]
-    passes = range(FIRST_STEP_PASSES + 1)
-    timesteps = [first - i * (first - second) // FIRST_STEP_PASSES for i in passes]
-    noise = part.noise[:, 0]  # (B, C, H, W)
-    x0_of = functools.partial(
-        models.guided_x0,
-        nets.teacher,
-        cond=part.cond,
-        uncond=nets.uncond,
-        guidance=args.guidance,
-    )
-    with torch.no_grad():
-        x_t = models.deterministic_input(x0_of, noise, timesteps, schedule)
-    z = schedule.noise_scale * noise
-    levels = [*schedule.at(first, z), *schedule.at(second, z)]
-    x0_target = losses.jump_target(z, x_t, *levels)
-    x0 = nets.student(z, first, part.cond)
-    return losses.denoising_loss(x0, x0_target, 1 / schedule.sigma[first] ** 2)
 
 
 def read_scores(nets, part, args):
@@ -460,36 +428,19 @@ def fake_score_step(nets, parts, args):
 # ----------------------------------------------------------------------------- the run
 
 
-def train(nets, sources, config, args, make_gallery):
-    out, start = args.out, 0
-    if args.resume:
-        start = runs.restore(nets, sources, args)
-    with runlog.StopAtSignal() as stop:
-        fsdp.broadcast_from_main(checkpoint.write_config, out, config)
-        gallery = make_gallery(out, nets, sources.prompts, args)
-        log = runlog.Log(out, gallery.teacher_metrics, start)
-        if start == 0:
-            gallery.draw(0)
-        tracker = runlog.Tracker(args.track, out, config)
-        loop(nets, sources, config, args, start, log, gallery, tracker, stop)
-        tracker.finish()
-    fsdp.print_main(
-        f"images: {out}/images, curves: {out}/curves.png, student: {out}/student\n"
-        f"sample it: python sample.py --student {out}"
-    )
-
-
-def loop(nets, sources, config, args, start, log, gallery, tracker, stop):
+def train(nets, sources, args, make_gallery, stop):
+    out, config = args.out, runs.configuration(args)
+    start = runs.restore(nets, sources, args) if args.resume else 0
+    fsdp.broadcast_from_main(checkpoint.write_config, out, config)
+    gallery = make_gallery(out, nets, sources.prompts, args)
+    log = runlog.Log(out, gallery.teacher_metrics, start)
+    tracker = runlog.Tracker(args.track, out, config)
+    if start == 0:
+        gallery.draw(0)
     draw = functools.partial(draw_batch, nets, sources, args=args)
-    progress = tqdm(
-        Ahead(draw, start, args.iterations, nets.model.device),
-        initial=start,
-        total=args.iterations,
-        desc=args.variant,
-        unit="it",
-        disable=not fsdp.is_main(),
-    )
-    with progress:
+    batches = Ahead(draw, start, args.iterations, nets.model.device)
+    quiet = not fsdp.is_main()
+    with tqdm(batches, args.variant, args.iterations, initial=start, disable=quiet) as progress:
         for iteration, batch in progress:
             # Student step and fake-score step.
             done = iteration + 1
@@ -498,8 +449,8 @@ def loop(nets, sources, config, args, start, log, gallery, tracker, stop):
                 metrics = iterate(nets, batch, iteration, args)
                 row = log.add(done, metrics, last)
             except fsdp.NotFinite as error:
-                students.write_student(args.out, nets, config)  # the last good one
-                raise runlog.not_finite(args.out, done, error) from None
+                students.write_student(out, nets, config)  # the last good one
+                raise runlog.not_finite(out, done, error) from None
 
             # Metrics.
             if row:
@@ -510,19 +461,25 @@ def loop(nets, sources, config, args, start, log, gallery, tracker, stop):
 
             # Images, curves, checkpoint, student.
             signal = fsdp.max_over_ranks(stop.signal)
-            if done % args.save_every == 0 or last:
+            save = done % args.save_every == 0 or last
+            if save:
                 tracker.log(done, {}, gallery.draw(done))
                 log.draw_curves()
-            if done % args.save_every == 0 or last or signal:
+            if save or signal:
                 manifest = runs.about(nets, sources) | {"iteration": done, "config": config}
-                checkpoint.save(args.out, nets.tensors(), manifest, args.keep)
-                students.write_student(args.out, nets, config)
+                checkpoint.save(out, nets.tensors(), manifest, args.keep)
+                students.write_student(out, nets, config)
             if signal and not last:
                 fsdp.print_main(
                     f"interrupted after {done} of {args.iterations} iterations; "
-                    f"go on with --resume {args.out}"
+                    f"go on with --resume {out}"
                 )
                 raise SystemExit(128 + signal)
+    tracker.finish()
+    fsdp.print_main(
+        f"images: {out}/images, curves: {out}/curves.png, student: {out}/student\n"
+        f"sample it: python sample.py --student {out}"
+    )
 
 
 # ----------------------------------------------------------------------------- from flags to a run
@@ -584,7 +541,8 @@ def main(arguments=None, load_model=models.load_model, make_gallery=runlog.Galle
         needed = (args.keep + 1) * runlog.checkpoint_bytes(nets)
         fsdp.broadcast_from_main(checkpoint.prepare_run_directory, args.out, args.resume, needed)
         runlog.describe(nets, sources, args)
-        train(nets, sources, runs.configuration(args), args, make_gallery)
+        with runlog.StopAtSignal() as stop:
+            train(nets, sources, args, make_gallery, stop)
     return nets, args
 
 

@@ -8,7 +8,7 @@ import losses
 import models
 from support import students
 from support.perceptual import lpips_loss
-from support.precision import forget_casts
+from support.precision import checkpoint_activations, forget_casts
 from support.weights import fingerprint
 
 
@@ -51,8 +51,8 @@ class Networks:
         self.fake_score = fsdp.shard(self.fake_score, *place)
         self.teacher = fsdp.shard(model.denoiser.to(model.frozen_dtype), *place)
         if args.activation_checkpointing:
-            models.checkpoint_activations(self.student, model.sample_shape)
-            models.checkpoint_activations(self.fake_score.denoiser, model.sample_shape)
+            checkpoint_activations(self.student, model.sample_shape)
+            checkpoint_activations(self.fake_score.denoiser, model.sample_shape)
 
         self.student_optimizer = make_optimizer(self.student, args.learning_rate)
         self.fake_optimizer = make_optimizer(self.fake_score, args.fake_learning_rate)

@@ -246,3 +246,24 @@ def check_network(unet, name):
         value = unet.config.get(field)
         if value not in values:
             raise UserError(f"{name}: a UNet with {field} {value!r} is not supported")
+
+
+def vp_levels(scheduler, name):
+    """alphas_cumprod (T,) of a variance-preserving scheduler, and its prediction type."""
+    if not hasattr(scheduler, "alphas_cumprod"):
+        kind = type(scheduler).__name__
+        raise UserError(f"{name}: no noise schedule is known for the scheduler {kind}")
+    levels = torch.as_tensor(scheduler.alphas_cumprod)
+    if levels.dim() != 1 or len(levels) == 0 or not ((levels >= 0) & (levels <= 1)).all():
+        raise UserError(f"{name}: its scheduler's noise levels are not between 0 and 1")
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"{name}: its scheduler's prediction type {prediction!r} is not epsilon or v_prediction"
+        )
+    if prediction == "epsilon" and levels.min() < 1e-6:
+        raise UserError(
+            f"{name}: its scheduler rescales betas to zero terminal signal-to-noise ratio, where a "
+            "network that predicts epsilon says nothing of x0: such a model should predict v"
+        )
+    return levels, prediction

@@ -14,6 +14,7 @@ import losses
 import models
 import train
 from lab import plane
+from support import later
 from support.ahead import Ahead
 from support.cli import UserError
 from support.precision import keep_casts
@@ -158,7 +159,7 @@ def test_random_timesteps_are_those_of_the_noise_and_of_the_input():
     seen, counts = set(), set()
     for iteration in range(200):
         draws = data.Draws(args.seed, iteration, 4)
-        timesteps = train.draw_timesteps(999, 6, 1000, draws)
+        timesteps = later.draw_timesteps(999, 6, 1000, draws)
         batch = train.draw_batch(nets, sources, iteration, args)
         steps = batch.path.shape[1]
         assert batch.path.tolist() == [timesteps[:steps]] * 4
