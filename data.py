@@ -328,18 +328,20 @@ class Pairs(Shards):
     """Noise and what the teacher's deterministic sampler makes of it."""
 
     def __init__(self, folder, model, guidance):
-        wanted = f"--guidance {guidance:g} --guidance-norm {model.guidance_norm}"
-        command = f"python data.py pairs --out {folder} --model {model.name} {wanted}"
+        norm = model.guidance_norm
+        how = f"--guidance {guidance:g} --guidance-norm {norm}"
+        command = f"python data.py pairs --out {folder} --model {model.name} {how}"
         made_by = fingerprint(model.origin)
         names = ("noise", "x0")
         super().__init__(folder, names, "noise-image pairs", model, made_by, command)
-        norm = self.config.get("guidance_norm", "none")
-        made_with = f"--guidance {self.config.get('guidance', 0):g} --guidance-norm {norm}"
-        if made_with != wanted:
-            raise UserError(
-                f"the pairs in {folder} were made with {made_with}, the run has {wanted}: make "
-                f"others with {command}"
-            )
+        saved = {"guidance": 0, "guidance_norm": "none"} | self.config
+        for name, wanted in (("guidance", guidance), ("guidance_norm", norm)):
+            if saved[name] != wanted:
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"the pairs in {folder} were made with --{flag} {saved[name]}, the run has "
+                    f"{wanted}: make others with {command}"
+                )
 
 
 class Latents(Shards):

@@ -349,8 +349,7 @@ def load_network(path):
     if not Path(path).is_dir():
         return network_of(read_pickle(path))
     with in_one_line(f"the model {path} cannot be loaded"):
-        options = {"use_safetensors": True, "low_cpu_mem_usage": False}
-        network = load_pretrained(diffusers.UNet2DModel, path, **options)
+        network = load_pretrained(diffusers.UNet2DModel, path, use_safetensors=True)
     config = network.config
     if config.num_class_embeds is None or config.in_channels != config.out_channels:
         raise UserError(f"the model {path} is no class-conditional network of EDM's kind")

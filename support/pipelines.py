@@ -97,8 +97,6 @@ def network_classes(path, index):
 def load_part(part_class, path, name):
     """A network of a pipeline, in the one variant that is there: whole or fp16."""
     options = {"use_safetensors": True}
-    if issubclass(part_class, diffusers.ModelMixin):
-        options["low_cpu_mem_usage"] = False
     files = [file.name for file in (Path(path) / name).glob("*")]
     readable = [file for file in files if file.endswith(".safetensors")]
     if Path(path).is_dir() and not readable:
@@ -197,7 +195,7 @@ def load_vae(path):
         kind = diffusers.AutoencoderKL.load_config(path).get("_class_name")
         if kind not in ("AutoencoderKL", "AutoencoderTiny"):
             raise UserError(f"--vae {path} holds a {kind}, not an AutoencoderKL or AutoencoderTiny")
-        return load_pretrained(getattr(diffusers, kind), path, low_cpu_mem_usage=False)
+        return load_pretrained(getattr(diffusers, kind), path)
 
 
 def check_network(unet, name):

@@ -130,7 +130,7 @@ def network_from_folder(folder, model):
             holds = f"a {found}" if found else "no student/, and no network"
             raise UserError(f"{folder} holds {holds}, not a {kind.__name__}")
         check_same_architecture(config, model, folder)
-        return load_pretrained(kind, folder, use_safetensors=True, low_cpu_mem_usage=False)
+        return load_pretrained(kind, folder, use_safetensors=True)
 
 
 def check_same_architecture(config, model, folder):

@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import diffusers
 import torch
 from safetensors.torch import load_file
 
@@ -127,6 +128,8 @@ def load_pretrained(kind, path, subfolder=None, **options):
         check_sizes(read_json(Path(where) / "config.json"), where)
     if subfolder:
         options["subfolder"] = subfolder
+    if issubclass(kind, diffusers.ModelMixin):
+        options["low_cpu_mem_usage"] = False  # else a missing weight is left without values
     network, report = kind.from_pretrained(path, output_loading_info=True, **options)
     missing, unknown = report["missing_keys"], report["unexpected_keys"]
     if missing and Path(where).is_dir():
