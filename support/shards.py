@@ -8,17 +8,16 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import fsdp
 from support.checkpoint import differing, make_writable, replace_file, replace_text
 from support.cli import UserError
-from support.weights import fingerprint, read_json
+from support.weights import fingerprint, in_one_line, read_json
 
 SHARD = 256
-NOT_AS_WRITTEN = (KeyError, TypeError, ValueError, AttributeError)  # of a header
 
 
 # ----------------------------------------------------------------------------- one shard
@@ -51,14 +50,11 @@ def write_shard(file, tensors, prompts, left_out):
 
 def read_shard(file, names=None):
     """{name: tensor} of these names or of all, list of str, {file that was left out: why}"""
-    try:
-        with safe_open(file, "pt") as archive:
-            tensors = {name: archive.get_tensor(name) for name in names or archive.keys()}
-            about = about_shard(archive)
+    what = " and ".join(names or ["tensors"])
+    with in_one_line(f"{file} is damaged or holds no {what}"), safe_open(file, "pt") as archive:
+        tensors = {name: archive.get_tensor(name) for name in names or archive.keys()}
+        about = about_shard(archive)
         good = about["sha256"] == shard_digest(tensors, about["prompts"])
-    except (OSError, SafetensorError, RecursionError, *NOT_AS_WRITTEN) as error:
-        what = " and ".join(names or ["tensors"])
-        raise UserError(f"{file} is damaged or holds no {what}: {type(error).__name__}") from None
     if not good or any(len(tensor) != len(about["prompts"]) for tensor in tensors.values()):
         raise UserError(f"{file} is damaged: it is not what was written")
     return tensors, about["prompts"], about["left_out"]
@@ -74,13 +70,11 @@ class Shards:
     def __init__(self, folder, names, what, model, made_by, command):
         """made_by: fingerprint of the weights they must be made by; None where that is open."""
         self.model, self.names = model, names
-        try:
-            self.config = read_json(Path(folder) / "config.json")
-            count = self.config["count"]
-            if type(count) is not int or not 0 < count <= 10**9:
-                raise ValueError
-        except (UserError, ValueError, KeyError):
-            raise UserError(f"there are no {what} in {folder}: make them with {command}") from None
+        file = Path(folder) / "config.json"
+        self.config = read_json(file) if file.is_file() else {}
+        count = self.config.get("count")
+        if type(count) is not int or not 0 < count <= 10**9:
+            raise UserError(f"there are no {what} in {folder}: make them with {command}")
         if made_by and self.config.get("made_by") != made_by:
             raise UserError(
                 f"the {what} in {folder} were made by the weights of "

@@ -133,8 +133,10 @@ def load_pretrained(kind, path, subfolder=None, **options):
     network, report = kind.from_pretrained(path, output_loading_info=True, **options)
     missing, unknown = report["missing_keys"], report["unexpected_keys"]
     if missing and Path(where).is_dir():
-        weights = unwrapped(weights_in_folder(where), where)
-        missing, unknown = network.load_state_dict(weights, strict=False)
+        weights = {}
+        for file in sorted(Path(where).glob("*.safetensors")):
+            weights |= load_file(file)
+        missing, unknown = network.load_state_dict(unwrapped(weights, where), strict=False)
     # Old files of CLIP hold a table of positions, which is no weight.
     unknown = [name for name in unknown if "position_ids" not in name]
     for problem, names in (
@@ -148,14 +150,6 @@ def load_pretrained(kind, path, subfolder=None, **options):
             raise UserError(f"{where} does not fit {kind.__name__}: it {problem} {first}{more}")
     check_finite(dict(network.named_parameters()), where)
     return network
-
-
-def weights_in_folder(folder):
-    """{name: tensor} of all .safetensors files of a folder; {} where it is a hub id."""
-    weights = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        weights |= load_file(file)
-    return weights
 
 
 def load_tensors(file):
