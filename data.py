@@ -137,15 +137,16 @@ def warn_of_cut(model, prompts, most=100_000):
 def training_prompts(path, model):
     """The prompts of a file; without one the model's own, else the embedded world's."""
     if model.conditions:
-        return Prompts(model.conditions.texts)
-    if path:
-        prompts = read_prompts(path)
-        warn_of_cut(model, prompts)
-        return Prompts(prompts)
-    if model.prompts:
-        return Prompts(model.prompts)
-    drawn = world.prompts(WORLD_PROMPTS, torch.Generator().manual_seed(0))
-    return Prompts([str(prompt) for prompt in drawn])
+        texts = model.conditions.texts
+    elif path:
+        texts = read_prompts(path)
+        warn_of_cut(model, texts)
+    elif model.prompts:
+        texts = model.prompts
+    else:
+        drawn = world.prompts(WORLD_PROMPTS, torch.Generator().manual_seed(0))
+        texts = [str(prompt) for prompt in drawn]
+    return Prompts(texts)
 
 
 # ----------------------------------------------------------------------------- embedded sets
@@ -234,9 +235,10 @@ def real_data(model, path=None):
         real = Latents(path, model)
     else:
         real = ImageFolder(path, model)
-    check_labels(model, real)
     if model.labels is None:
         warn_of_cut(model, real.captions_in_all())
+    else:
+        check_labels(model, real)
     return real
 
 
@@ -268,8 +270,6 @@ def warn_of_few(real):
 
 def check_labels(model, real):
     """Refuse class labels that the network does not know, before anything is trained."""
-    if model.labels is None:
-        return
     found = [int(caption) for caption in real.captions_in_all() if caption.isdecimal()]
     most = max(found, default=0)
     if most >= model.labels:
@@ -328,24 +328,20 @@ class Pairs(Shards):
     """Noise and what the teacher's deterministic sampler makes of it."""
 
     def __init__(self, folder, model, guidance):
-        command = (
-            f"python data.py pairs --out {folder} --model {model.name} --guidance {guidance:g}"
-        )
+        norm = model.guidance_norm
+        how = f"--guidance {guidance:g} --guidance-norm {norm}"
+        command = f"python data.py pairs --out {folder} --model {model.name} {how}"
         made_by = fingerprint(model.origin)
         names = ("noise", "x0")
         super().__init__(folder, names, "noise-image pairs", model, made_by, command)
-        made_with = self.config.get("guidance", 0)
-        if made_with != guidance:
-            raise UserError(
-                f"the pairs in {folder} were made with guidance {made_with:g}, the run has "
-                f"{guidance:g}: make others with {command}"
-            )
-        norm = self.config.get("guidance_norm", "none")
-        if norm != model.guidance_norm:
-            raise UserError(
-                f"the pairs in {folder} were made with --guidance-norm {norm}, the run has "
-                f"{model.guidance_norm}: name the same in both"
-            )
+        saved = {"guidance": 0, "guidance_norm": "none"} | self.config
+        for name, wanted in (("guidance", guidance), ("guidance_norm", norm)):
+            if saved[name] != wanted:
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"the pairs in {folder} were made with --{flag} {saved[name]}, the run has "
+                    f"{wanted}: make others with {command}"
+                )
 
 
 class Latents(Shards):
@@ -390,7 +386,7 @@ def make_pairs(out, config, model, batch_size=64):
         return {"noise": noise, "x0": torch.cat(x0)}, texts, {}
 
     config = config | {"what": "pairs", "made_by": fingerprint(model.origin)}
-    shards.make_shards(out, config, ("noise", "x0"), make)
+    shards.make_shards(out, config, make)
 
 
 def make_prompts(out, config, model, batch_size=16):
@@ -410,7 +406,7 @@ def make_prompts(out, config, model, batch_size=16):
 
     config = config | {"what": "prompts", "count": len(texts)}
     config["made_by"] = fingerprint(model.origin)
-    shards.make_shards(out, config, sorted(model.uncond), make)
+    shards.make_shards(out, config, make)
 
 
 def stored(value, dtype):
@@ -454,7 +450,7 @@ def write_images(out, config, reader, encode):
             raise UserError(f"images {i * SHARD} to {last} in {config['images']} are all bad")
         return {"x0": torch.cat(x0)}, texts, dict(list(reader.bad.items())[before:])
 
-    return shards.make_shards(out, config | {"count": len(reader.entries)}, ("x0",), make)
+    return shards.make_shards(out, config | {"count": len(reader.entries)}, make)
 
 
 def main(arguments=None):

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 import fsdp
 from support import edm, pipelines
 from support.cli import UserError
-from support.conditions import Conditions
 from support.families import FAMILIES
 from support.middle import read_middle
 from support.precision import compute_in
-from support.weights import fingerprint
+from support.shards import Conditions
+from support.weights import fingerprint, in_one_line
 
 ASSETS = (Path(__file__).parent / "assets").resolve()
 
@@ -569,8 +569,7 @@ class ClassModel(Model):
         )
 
     def own_names(self, weights):
-        levels = len(self.origin.network.config.block_out_channels)
-        return edm.student_weights(weights, self.image_size, levels)
+        return edm.student_weights(weights, self.origin.network.config)
 
     def pixels(self, x):
         return x
@@ -596,7 +595,7 @@ def load_model(path, device="cpu", dtype=torch.float32, vae=None, config=None, *
     with_text = options.get("conditions") is None
     kind, pipe = pipelines.open_pipeline(path, FAMILIES, vae, config, with_text)
     options["own_vae"] = vae is None
-    with pipelines.loading(f"the model {path}"):
+    with in_one_line(f"the model {path} cannot be loaded"):
         model = Model(str(path), FAMILIES[kind], pipe, device, dtype, **options)
         model.uncond  # noqa: B018, parts that do not fit one another fail here
     return model

@@ -33,7 +33,7 @@ import sample
 import train
 from support import pictures, runlog
 from support.cli import UserError
-from support.families import Family, call_unet
+from support.families import Family, call_network
 
 NAMES = ("gmm", "gmm-imperfect")
 LABELS = 4
@@ -211,7 +211,7 @@ class PlaneModel(models.Model):
             raise UserError(f"--model {name}: the plane's models are {' and '.join(NAMES)}")
         self.name, self.device, self.dtype = name, torch.device(device), dtype
         self.frozen_dtype = dtype
-        self.family = Family(call_unet, encode_plane)
+        self.family = Family(call_network, encode_plane)
         self.pipe = SimpleNamespace()
         self.prompts = [str(label) for label in range(LABELS)]
         self.mixture = teacher_mixture(name).to(self.device)

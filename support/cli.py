@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import importlib
 import os
 import re
 import shlex
@@ -194,6 +195,16 @@ def check_choice(flag, value, choices):
         close = difflib.get_close_matches(value, choices, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"argument {flag}: {value!r} is not one of {', '.join(choices)}{hint}")
+
+
+def import_package(name, what):
+    """An optional module. what: the flag or file that needs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.split(".")[0]
+        message = f"{what} needs a package that is not installed: pip install {package}"
+        raise UserError(message) from None
 
 
 # ----------------------------------------------------------------------------- running

@@ -7,20 +7,26 @@ The released pickle is read without executing anything in it.
 
 import collections
 import difflib
-import functools
 import io
 import pickle
 import re
-import warnings
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.nn.functional as F
 
 from support import cli
+from support.checkpoint import replace_folder
 from support.cli import UserError
-from support.pipelines import loading
-from support.weights import check_finite, load_pretrained, read_json
+from support.weights import (
+    Unpickler,
+    check_finite,
+    in_one_line,
+    load_pretrained,
+    load_tensors,
+    read_json,
+)
 
 SIGMA_DATA = 0.5
 
@@ -48,9 +54,7 @@ class Values(dict):
 
 def load_storage(content):
     """Stands for torch.storage._load_from_bytes, which would execute what is in the bytes."""
-    with warnings.catch_warnings():  # of storages with a type, which is what the file has
-        warnings.simplefilter("ignore")
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return load_tensors(io.BytesIO(content))
 
 
 def rebuild_tensor(storage, offset, size, stride, *rest):
@@ -78,6 +82,7 @@ def ignore(*arguments):
     return Record()
 
 
+# What EDM's pickles ask for by name. Source text in them stays text.
 STANDS_FOR = {
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): Record,
     ("torch.nn.modules.container", "ModuleDict"): Record,
@@ -95,16 +100,6 @@ STANDS_FOR = {
 }
 
 
-class Unpickler(pickle.Unpickler):
-    """Gives stand-ins for what EDM's pickles name, and nothing else. Source text stays text."""
-
-    def find_class(self, module, name):
-        if (module, name) not in STANDS_FOR:
-            message = f"it asks for {module}.{name}, and nothing in a file is executed"
-            raise pickle.UnpicklingError(message)
-        return STANDS_FOR[module, name]
-
-
 def tensors_of(record, prefix=""):
     """{name: tensor} as the module's state_dict would have been."""
     found = {}
@@ -120,21 +115,11 @@ def tensors_of(record, prefix=""):
 
 def read_pickle(path):
     """EDM's weights by EDM's names."""
-    try:
+    with in_one_line(f"the model {path} is not one of EDM's pickles"):
         with open(path, "rb") as file:
-            content = Unpickler(file).load()
+            content = Unpickler(file, STANDS_FOR).load()
         named = tensors_of(content["ema"])
         tensors = {name.removeprefix("model."): tensor.float() for name, tensor in named.items()}
-    except OSError as error:
-        raise UserError(f"the model {path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # a damaged pickle can fail in any way
-        why = str(error) or type(error).__name__
-        raise UserError(f"the model {path} is not one of EDM's pickles: {why}") from None
-    if "map_layer0.weight" not in tensors or "out_conv.weight" not in tensors:
-        raise UserError(
-            f"the model {path} is not EDM's network with the ADM architecture: "
-            "it has no map_layer0 or out_conv"
-        )
     check_finite(tensors, path)
     return tensors
 
@@ -154,29 +139,18 @@ def unet_options(size, channels, layers, attends, labels, embedding=None, in_cha
         sample_size=size,
         in_channels=in_channels,
         out_channels=in_channels,
-        center_input_sample=False,
-        time_embedding_type="positional",
-        freq_shift=0,
-        flip_sin_to_cos=True,
         time_embedding_dim=embedding or 4 * channels[0],
         block_out_channels=tuple(channels),
         layers_per_block=layers,
         down_block_types=tuple(down),
         up_block_types=tuple(reversed(up)),
-        mid_block_type="UNetMidBlock2D",
-        add_attention=True,
-        mid_block_scale_factor=1,
         downsample_type="resnet",
         upsample_type="resnet",
         resnet_time_scale_shift="scale_shift",
         attention_head_dim=64,
         norm_num_groups=min(32, channels[0] // 4),
         attn_norm_num_groups=min(32, channels[-1] // 4),
-        norm_eps=1e-5,
-        act_fn="silu",
-        class_embed_type=None,
         num_class_embeds=labels + 1,
-        dropout=0.0,
     )
 
 
@@ -217,8 +191,10 @@ OUTSIDE = {
 }
 
 
-def diffusers_weights(tensors, sizes):
-    """EDM's weights under diffusers' names. The table of labels gets a row of zeros: no label."""
+def diffusers_weights(tensors, config):
+    """EDM's weights under diffusers' names. The table of labels gets a row of zeros: no label.
+    config: the network's."""
+    sizes = [config.sample_size // 2**level for level in range(len(config.block_out_channels))]
     renamed = {}
     for name, tensor in tensors.items():
         first, *rest = name.split(".")
@@ -266,27 +242,19 @@ def block_weights(side, rest, tensor, sizes):
 
 def network_of(tensors):
     """Raises UserError where a weight is missing or does not fit its neighbours."""
-    from diffusers import UNet2DModel
-
-    try:
-        options = architecture(tensors)
-        network = UNet2DModel(**options)
-        levels = len(options["block_out_channels"])
-        sizes = [options["sample_size"] // 2**k for k in range(levels)]
-        network.load_state_dict(diffusers_weights(tensors, sizes))
-    except (KeyError, IndexError, ValueError, AttributeError, RuntimeError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"this is not EDM's network with the ADM architecture: {why}") from None
+    with in_one_line("this is not EDM's network with the ADM architecture"):
+        network = diffusers.UNet2DModel(**architecture(tensors))
+        network.load_state_dict(diffusers_weights(tensors, network.config))
     return network
 
 
-def student_weights(weights, size, levels):
+def student_weights(weights, config):
     """The weights of one of DMD2's students, which have EDM's names, under diffusers'; any other's
     as they are."""
     weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     if "map_layer0.weight" not in weights:
         return weights
-    return diffusers_weights(weights, [size // 2**k for k in range(levels)])
+    return diffusers_weights(weights, config)
 
 
 # ----------------------------------------------------------------------------- precision and groups
@@ -300,25 +268,19 @@ class Float32Linear(torch.nn.Linear):
             return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
-@functools.cache
-def network_class():
-    from diffusers import UNet2DModel as DiffusersUNet2DModel
+class UNet2DModel(diffusers.UNet2DModel):
+    """diffusers casts the sinusoids of time to `dtype`. In bfloat16 the embedding's error would be
+    several times the step between two of the 1,000 noise levels."""
 
-    class UNet2DModel(DiffusersUNet2DModel):
-        """diffusers casts the sinusoids of time to `dtype`. In bfloat16 the embedding's error would
-        be several times the step between two of the 1,000 noise levels."""
-
-        @property
-        def dtype(self):
-            return torch.float32
-
-    return UNet2DModel
+    @property
+    def dtype(self):
+        return torch.float32
 
 
 def prepare_network(network):
     """The network with EDM's numbers of groups, min(32, channels / 4) a layer where diffusers has
     one number for all, and with its embedding of time in float32."""
-    network.__class__ = network_class()
+    network.__class__ = UNet2DModel
     for name, module in network.named_modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.num_groups = min(32, module.num_channels // 4)
@@ -384,13 +346,10 @@ def is_edm(path):
 
 def load_network(path):
     """The UNet2DModel of EDM's pickle or of a diffusers folder."""
-    from diffusers import UNet2DModel
-
     if not Path(path).is_dir():
         return network_of(read_pickle(path))
-    with loading(f"the model {path}"):
-        options = {"use_safetensors": True, "low_cpu_mem_usage": False}
-        network = load_pretrained(UNet2DModel, path, **options)
+    with in_one_line(f"the model {path} cannot be loaded"):
+        network = load_pretrained(diffusers.UNet2DModel, path, use_safetensors=True)
     config = network.config
     if config.num_class_embeds is None or config.in_channels != config.out_channels:
         raise UserError(f"the model {path} is no class-conditional network of EDM's kind")
@@ -398,8 +357,6 @@ def load_network(path):
 
 
 def main(arguments=None):
-    from support.checkpoint import replace_folder
-
     parser = cli.Parser(__doc__)
     parser.add_argument("model", help="EDM's pickle")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new diffusers folder")

@@ -7,6 +7,7 @@ ComfyUI finds the file in models/diffusion_models. runs/x/student/ itself is wha
 the README.md in it, which is the model card, shows how.
 """
 
+import functools
 from pathlib import Path
 
 from support import cli, flags
@@ -31,6 +32,9 @@ OUTSIDE = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
 }
 RESNET = {
     "norm1": "in_layers.0",
@@ -44,45 +48,33 @@ RESNET = {
 
 def original_names(unet):
     """{name of a weight in diffusers: name in the original code} of Stable Diffusion's UNets."""
-    layers = unet.config.layers_per_block
-    if not isinstance(layers, int):
-        raise UserError("a UNet with different numbers of layers on its levels has no such names")
-    attends = [hasattr(block, "attentions") for block in unet.up_blocks]
-    return {name: original_name(name, layers + 1, attends) for name in unet.state_dict()}
-
-
-def original_name(name, blocks, attends):
-    """blocks: of a level. attends: whether each of the upper levels does."""
-    for ours, theirs in OUTSIDE.items():
-        if name.startswith(f"{ours}."):
-            return name.replace(ours, theirs, 1)
-    part = name.split(".")  # up_blocks 1 resnets 0 conv1 bias, mid_block resnets 0 conv1 bias
-    if part[0] == "mid_block":
-        kind, number, *rest = part[1:]
-        place = 1 if kind == "attentions" else 2 * int(number)
-        block = f"middle_block.{place}"
-    else:
-        level, kind, number, *rest = part[1:]
-        block = place_in_level(part[0], int(level), kind, int(number), blocks, attends)
-    if kind == "resnets":
-        rest[0] = RESNET[rest[0]]
-    if kind == "downsamplers":
-        rest[0] = "op"
-    return ".".join([block, *rest])
-
-
-def place_in_level(side, level, kind, number, blocks, attends):
-    """Input blocks are counted through all levels, and the last one of a level halves the size. So
-    are output blocks, but there doubling the size is the last part of a level's last block."""
-    if side == "down_blocks":
-        first = 1 + level * blocks
-        if kind == "downsamplers":
-            return f"input_blocks.{first + blocks - 1}.0"
-        return f"input_blocks.{first + number}.{int(kind == 'attentions')}"
-    first = level * blocks
-    if kind == "upsamplers":
-        return f"output_blocks.{first + blocks - 1}.{1 + attends[level]}"
-    return f"output_blocks.{first + number}.{int(kind == 'attentions')}"
+    blocks = dict(OUTSIDE)
+    count = 1
+    for level, block in enumerate(unet.down_blocks):
+        for i in range(len(block.resnets)):
+            blocks[f"down_blocks.{level}.resnets.{i}"] = f"input_blocks.{count}.0"
+            blocks[f"down_blocks.{level}.attentions.{i}"] = f"input_blocks.{count}.1"
+            count += 1
+        if block.downsamplers:
+            blocks[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{count}.0.op"
+            count += 1
+    count = 0
+    for level, block in enumerate(unet.up_blocks):
+        for i in range(len(block.resnets)):
+            blocks[f"up_blocks.{level}.resnets.{i}"] = f"output_blocks.{count}.0"
+            blocks[f"up_blocks.{level}.attentions.{i}"] = f"output_blocks.{count}.1"
+            count += 1
+        place = 1 + hasattr(block, "attentions")  # the last part of the level's last block
+        blocks[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{count - 1}.{place}"
+    names = {}
+    for name in unet.state_dict():
+        block = next(block for block in blocks if name.startswith(f"{block}."))
+        inside = name.removeprefix(f"{block}.")
+        if ".resnets." in name:
+            part, kind = inside.split(".")
+            inside = f"{RESNET[part]}.{kind}"
+        names[name] = f"{blocks[block]}.{inside}"
+    return names
 
 
 def write_single_file(unet, path):
@@ -114,11 +106,7 @@ def main(arguments=None):
         )
     network = students.load_student(args.student, model).network.to(getattr(torch, args.dtype))
     if out.suffix:
-
-        def write(path):
-            write_single_file(network, path)
-
-        checkpoint.replace_file(out, write)
+        checkpoint.replace_file(out, functools.partial(write_single_file, network))
     else:
         checkpoint.replace_folder(out, network.save_pretrained)
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6

@@ -31,6 +31,10 @@ TRANSFORMER_LORA_LAYERS = (
 # ----------------------------------------------------------------------------- what most have
 
 
+def call_network(network, x, time, cond):
+    return network(x, timestep=time, return_dict=False, **cond)[0]
+
+
 def unet_shape(pipe):
     """Of a latent, (C, H, W)."""
     config = pipe.unet.config
@@ -70,17 +74,11 @@ def unet_middle(network):
     return network.mid_block, list(network.up_blocks)
 
 
-def middle_of(blocks):
+def transformer_middle(network):
+    """The same. The list of blocks has one of two names."""
+    blocks = getattr(network, "transformer_blocks", None) or network.layers
     index = (len(blocks) - 1) // 2
     return blocks[index], list(blocks[index + 1 :])
-
-
-def transformer_middle(network):
-    return middle_of(network.transformer_blocks)
-
-
-def layers_middle(network):
-    return middle_of(network.layers)
 
 
 def unet_features(output, x_t, cond):
@@ -123,10 +121,6 @@ class Family:
 # ----------------------------------------------------------------------------- Stable Diffusion
 
 
-def call_unet(network, x, time, cond):
-    return network(sample=x, timestep=time, return_dict=False, **cond)[0]
-
-
 def encode_sd(model, prompts):
     """The last hidden states of all tokens, padding included. (B, tokens, width)"""
     text, _ = model.pipe.encode_prompt(prompts, model.encoder_device, 1, False)
@@ -134,15 +128,9 @@ def encode_sd(model, prompts):
 
 
 def call_sdxl_unet(network, x, time, cond):
-    text = cond["encoder_hidden_states"]
+    text = {"encoder_hidden_states": cond["encoder_hidden_states"]}
     added = {"text_embeds": cond["text_embeds"], "time_ids": cond["time_ids"]}
-    return network(
-        sample=x,
-        timestep=time,
-        encoder_hidden_states=text,
-        added_cond_kwargs=added,
-        return_dict=False,
-    )[0]
+    return call_network(network, x, time, text | {"added_cond_kwargs": added})
 
 
 def encode_sdxl(model, prompts):
@@ -171,10 +159,6 @@ def encode_labels(model, prompts):
 # time is 1000 s, s the noise level; each class is told it in its own way. v = eps - x0.
 
 
-def call_sd3(network, x, time, cond):
-    return network(hidden_states=x, timestep=time, return_dict=False, **cond)[0]
-
-
 def encode_sd3(model, prompts):
     """Three encoders' states (B, 77 + 256, 4096), zeros for a missing T5, and pooled text."""
     text, _, pooled, _ = model.pipe.encode_prompt(
@@ -184,8 +168,7 @@ def encode_sd3(model, prompts):
 
 
 def call_sana(network, x, time, cond):
-    time = time * network.config.timestep_scale
-    output = network(hidden_states=x, timestep=time, return_dict=False, **cond)[0]
+    output = call_network(network, x, time * network.config.timestep_scale, cond)
     return output[:, : x.shape[1]]  # the rest, where there is more, is a learnt variance
 
 
@@ -239,7 +222,7 @@ def z_image_features(output, x_t, cond):
 
 
 def call_lumina2(network, x, time, cond):
-    return -network(hidden_states=x, timestep=1 - time / 1000, return_dict=False, **cond)[0]
+    return -call_network(network, x, 1 - time / 1000, cond)
 
 
 def lumina2_features(output, x_t, cond):
@@ -396,8 +379,8 @@ TRANSFORMER = dict(
     multiple=2,
 )
 SANA = TRANSFORMER | {"unguided": "guidance_scale=0, use_resolution_binning=False"}
-Z_IMAGE = TRANSFORMER | {"middle": layers_middle, "features": z_image_features}
-LUMINA2 = TRANSFORMER | {"middle": layers_middle, "features": lumina2_features}
+Z_IMAGE = TRANSFORMER | {"features": z_image_features}
+LUMINA2 = TRANSFORMER | {"features": lumina2_features}
 FLUX = TRANSFORMER | {"shape": flux_shape, "unguided": "guidance_scale=3.5"}
 FLUX2 = TRANSFORMER | {"shape": flux2_shape, "patch": 2, "multiple": 1}
 FLUX2 |= {"decode": flux2_decode, "encode_images": flux2_encode_images}
@@ -407,10 +390,10 @@ QWEN |= {"unguided": "true_cfg_scale=1"}
 # The class of a diffusers pipeline (for EDM's networks, of the network) -> how it is used. The
 # default guidance is the pipeline's, in our convention, where 1 is none: Z-Image counts from 0.
 FAMILIES = {
-    "StableDiffusionPipeline": Family(call_unet, encode_sd, guidance=7.5),
+    "StableDiffusionPipeline": Family(call_network, encode_sd, guidance=7.5),
     "StableDiffusionXLPipeline": Family(call_sdxl_unet, encode_sdxl, guidance=5.0),
-    "UNet2DModel": Family(call_unet, encode_labels, reads="input"),
-    "StableDiffusion3Pipeline": Family(call_sd3, encode_sd3, guidance=7.0, **TRANSFORMER),
+    "UNet2DModel": Family(call_network, encode_labels, reads="input"),
+    "StableDiffusion3Pipeline": Family(call_network, encode_sd3, guidance=7.0, **TRANSFORMER),
     "SanaPipeline": Family(call_sana, encode_sana, guidance=4.5, **SANA),
     "ZImagePipeline": Family(call_z_image, encode_z_image, guidance=6.0, **Z_IMAGE),
     "Lumina2Pipeline": Family(call_lumina2, encode_lumina2, guidance=4.0, **LUMINA2),

@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageOps
 
 import fsdp
-from support.cli import UserError, first_line
-from support.weights import DATA_BYTES, read_text
+from support.cli import UserError
+from support.weights import DATA_BYTES, in_one_line, read_text
 
 SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".dib"),
@@ -75,11 +75,7 @@ def list_images(folder, labels=False):
     if not found:
         where = "in folders, one for each class" if labels else "there"
         raise UserError(f"{folder} holds no images {where}")
-    return found if labels else sorted(found, key=name_of)
-
-
-def name_of(entry):
-    return str(entry[0])
+    return found if labels else sorted(found, key=lambda entry: str(entry[0]))
 
 
 def list_classes(folder):
@@ -94,15 +90,13 @@ def caption_beside(file):
     text = file.with_suffix(".txt")
     if not text.is_file():
         return None
-    try:
+    with in_one_line(f"the caption {text} cannot be read"):
         return read_text(text).strip()
-    except (OSError, ValueError) as error:
-        raise UserError(f"the caption {text} cannot be read: {first_line(error)}") from None
 
 
 def list_metadata(folder):
     file, found = folder / "metadata.jsonl", []
-    try:
+    with in_one_line(f"{file} should have lines with file_name and text"):
         for number, line in enumerate(read_text(file, DATA_BYTES).split("\n"), start=1):
             if not line.strip():
                 continue
@@ -112,29 +106,21 @@ def list_metadata(folder):
             texts = [row.get(name) for name in ("text", "caption", "prompt")]
             captions = [text for text in texts if isinstance(text, str)]
             found.append((folder / row["file_name"], captions[0] if captions else None))
-    except (OSError, ValueError, RecursionError) as error:
-        why = first_line(error)
-        raise UserError(f"{file} should have lines with file_name and text: {why}") from None
     return found
 
 
 def list_archive(path):
     """The same of EDM's zip: images and dataset.json, whose "labels" are [[name, label], ...] or
     null."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.getinfo("dataset.json").file_size > DATA_BYTES:
-                raise ValueError(f"its dataset.json unpacks to more than {DATA_BYTES:,} bytes")
-            labels = json.loads(archive.read("dataset.json"))["labels"]
-            if labels is None:
-                names = [n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES]
-                return [(name, None) for name in sorted(names)]
-            return sorted((str(name), str(int(label))) for name, label in labels)
-    except Exception as error:  # a damaged archive can fail in any way
-        raise UserError(
-            f"{path} is no archive of images with a dataset.json of labels: "
-            f"{type(error).__name__} {error}"
-        ) from None
+    what = f"{path} is no archive of images with a dataset.json of labels"
+    with in_one_line(what), zipfile.ZipFile(path) as archive:
+        if archive.getinfo("dataset.json").file_size > DATA_BYTES:
+            raise ValueError(f"its dataset.json unpacks to more than {DATA_BYTES:,} bytes")
+        labels = json.loads(archive.read("dataset.json"))["labels"]
+        if labels is None:
+            names = [n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES]
+            return [(name, None) for name in sorted(names)]
+        return sorted((str(name), str(int(label))) for name, label in labels)
 
 
 def crop_as_adm(image, size):
@@ -152,10 +138,7 @@ def crop_as_adm(image, size):
 
 def crop_as_stable_diffusion(image, size):
     """The largest square around the centre, by Lanczos."""
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
 
 def open_image(file):
@@ -192,14 +175,6 @@ def as_tensor(image):
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
-def size_of(file):
-    """0 where there is no such file, or no file can have such a name."""
-    try:
-        return file.stat().st_size if file.is_file() else 0
-    except (OSError, ValueError):
-        return 0
-
-
 class ImageFiles:
     """The images of a folder, or of EDM's .zip, as they lie there."""
 
@@ -217,27 +192,33 @@ class ImageFiles:
             raise ValueError(f"it unpacks to more than {LARGEST_FILE:,} bytes")
         return io.BytesIO(self.archive.read(file))
 
-    def stamp(self, i):
-        """What changes when the file does."""
+    def measure(self, i):
+        """A file's bytes, or the checksum of an archive's; 0 where there is no such file, or no
+        file can have such a name."""
         file = self.entries[i][0]
         if self.archive:
             return self.archive.getinfo(file).CRC if file in self.archive.NameToInfo else 0
-        return [size_of(file), file.stat().st_mtime_ns] if size_of(file) else 0
+        try:
+            return file.stat().st_size if file.is_file() else 0
+        except (OSError, ValueError):
+            return 0
+
+    def stamp(self, i):
+        """What changes when the file does."""
+        size = self.measure(i)
+        if self.archive or not size:
+            return size
+        return [size, self.entries[i][0].stat().st_mtime_ns]
 
     def digest(self):
         """What changes when the images do: names, sizes and captions of all, and the contents of
         sixteen. A copy of the folder has the same."""
         sha, count = hashlib.sha256(), len(self.entries)
-        for file, caption in self.entries:
-            name, size = file, 0
-            if self.archive is None:
-                name = os.path.relpath(file, self.folder)
-                size = size_of(file)
-            elif file in self.archive.NameToInfo:
-                size = self.archive.getinfo(file).CRC
-            sha.update(json.dumps([str(name), size, caption]).encode())
+        for i, (file, caption) in enumerate(self.entries):
+            name = file if self.archive else os.path.relpath(file, self.folder)
+            sha.update(json.dumps([name, self.measure(i), caption]).encode())
         for i in range(0, count, math.ceil(count / 16)):
-            if self.archive is None and size_of(self.entries[i][0]):
+            if not self.archive and self.measure(i):
                 sha.update(self.entries[i][0].read_bytes())
         return sha.hexdigest()
 

@@ -67,7 +67,7 @@ def judge_source(source, all_judges, setting):
     bar = tqdm(total=count, desc=source.label, unit="image", disable=not fsdp.is_main())
     for number in range(fsdp.rank(), len(starts), fsdp.world_size()):
         start, stop = starts[number], min(starts[number] + batch, count)
-        if not shards.is_whole(files[number], None, 0, exact=False):
+        if not shards.is_whole(files[number]):
             found, bad = source.draw(start, stop)
             texts = [source.prompts[i] for i, _ in found]
             judged = judge_images([image for _, image in found], texts, all_judges, protocol)

@@ -7,21 +7,16 @@ import numpy as np
 import torch
 
 import fsdp
-from support.cli import UserError
+from support.cli import UserError, import_package
 from support.shards import as_sample
+from support.weights import in_one_line
 
 
 class Lmdb:
     def __init__(self, folder, model):
-        try:
-            import lmdb
-        except ImportError:
-            raise UserError(
-                f"--real {folder} is an LMDB, which needs a package that is not installed: "
-                "pip install lmdb"
-            ) from None
+        lmdb = import_package("lmdb", f"--real {folder} is an LMDB, which")
         self.folder, self.model = folder, model
-        try:
+        with in_one_line(f"--real {folder} cannot be read"):
             environment = lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
             self.check_length(environment)
             self.reader = environment.begin(buffers=True)
@@ -31,8 +26,6 @@ class Lmdb:
             self.dtype = np.uint8 if self.pixels else np.float16
             shape = bytes(self.get(f"{self.values}_shape")).decode()
             self.count, *shape = map(int, shape.split())
-        except (lmdb.Error, OSError, ValueError) as error:
-            raise UserError(f"--real {folder} cannot be read: {error}") from None
         if tuple(shape) != model.sample_shape or self.count < 1:
             raise UserError(
                 f"--real {folder} holds {self.count} {self.values} of shape {tuple(shape)}; "

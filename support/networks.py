@@ -1,15 +1,16 @@
 """The networks of a run: how they are made of the teacher, sharded, and saved."""
 
 import torch
+import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 import fsdp
 import losses
 import models
 from support import students
-from support.perceptual import lpips_loss
+from support.cli import UserError, import_package
 from support.precision import checkpoint_activations, forget_casts
-from support.weights import fingerprint
+from support.weights import fingerprint, in_one_line
 
 
 class Networks:
@@ -77,24 +78,23 @@ class Networks:
                 named[f"averaged_student.{name}"] = state[name]
         return named
 
-    @torch.no_grad()
     def move_average(self, decay):
         """decay: how much of the averaged student stays."""
         if self.averaged_student is not self.student:
-            latest = trained(self.student)
-            average = dict(self.averaged_student.named_parameters())
-            kept = [average[name] for name in latest]
-            torch._foreach_lerp_(kept, list(latest.values()), 1 - decay)
+            self.pull(self.averaged_student, decay)
 
-    @torch.no_grad()
     def pull_fake_score(self, keep):
         """IDA, fake <- keep fake + (1 - keep) student: what the fake score has to follow has just
         moved that way.                                                             2506.00523"""
-        latest = trained(self.student)
-        fake = dict(self.fake_score.denoiser.named_parameters())
-        pulled = [fake[name] for name in latest]
-        torch._foreach_lerp_(pulled, list(latest.values()), 1 - keep)
+        self.pull(self.fake_score.denoiser, keep)
         forget_casts()
+
+    @torch.no_grad()
+    def pull(self, denoiser, keep):
+        """denoiser <- keep denoiser + (1 - keep) student, of what is trained."""
+        latest = trained(self.student)
+        own = dict(denoiser.named_parameters())
+        torch._foreach_lerp_([own[name] for name in latest], list(latest.values()), 1 - keep)
 
 
 def trained(module):
@@ -107,3 +107,34 @@ def make_optimizer(module, learning_rate):
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=True)
     optimizer.register_step_post_hook(forget_casts)
     return optimizer
+
+
+# ----------------------------------------------------------------------------- regression
+
+
+def lpips_loss(model):
+    """LPIPS (1801.03924): a function like losses.regression_loss, of the decoded images of two
+    batches of latents."""
+    if not model.decodes:
+        raise UserError(
+            "--regression lpips compares images, and --vae none leaves out their decoder: use "
+            "--regression mse"
+        )
+    lpips = import_package("lpips", "--regression lpips")
+    with in_one_line("--regression lpips cannot get VGG's weights"):  # torchvision fetches them
+        distance = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
+    distance.to(model.encoder_device)
+
+    def loss(x, x0_pair):
+        """(B, ...), (B, ...) -> (B,)"""
+        with torch.no_grad():
+            target = enlarged(model.pixels(x0_pair))
+        return distance(enlarged(model.pixels(x)), target).flatten()
+
+    return loss
+
+
+def enlarged(images):
+    """VGG sees images of 224 pixels at least."""
+    size = max(224, images.shape[-1])
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True)

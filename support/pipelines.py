@@ -1,37 +1,26 @@
 """Opening diffusers pipelines: directories, hub ids, single files, and other decoders."""
 
-import contextlib
 import inspect
 import re
 import sys
 from pathlib import Path
 
+import diffusers
+import huggingface_hub
 import torch
-from safetensors import SafetensorError, safe_open
+import transformers
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import safe_open
 
 from support.cli import UserError, first_line
-from support.weights import check_finite, load_pretrained, read_json
+from support.weights import check_finite, in_one_line, load_pretrained, read_json
 
 # Parts of pipelines that nothing here needs.
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-@contextlib.contextmanager
-def loading(what):
-    """A library's error for a damaged or unfitting file, which may be any, in one line."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from None
-
-
 def quiet_libraries():
     """No bars and remarks from diffusers and transformers while they load; errors still raise."""
-    import diffusers
-    import transformers
-
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -40,8 +29,6 @@ def quiet_libraries():
 def open_pipeline(path, known, vae=None, config=None, with_text=True):
     """(name of its class, pipeline). known: the classes that are supported. vae, config: see
     models.load_model. with_text: whether text encoders are loaded. Raises UserError in one line."""
-    import diffusers
-
     quiet_libraries()
     kind, index = pipeline_kind(path, known)
     pipeline_class = getattr(diffusers, kind)
@@ -53,7 +40,7 @@ def open_pipeline(path, known, vae=None, config=None, with_text=True):
         parts |= dict.fromkeys(text)
     if vae is not None:
         parts["vae"] = None if vae == "none" else load_vae(vae)
-    with loading(f"the model {path}"):
+    with in_one_line(f"the model {path} cannot be loaded"):
         if Path(path).is_file():
             pipe = load_single_file(path, pipeline_class, config, parts)
             for name, part in pipe.components.items():
@@ -91,17 +78,14 @@ def check_tokenizer(tokenizer, encoder, path):
 def network_classes(path, index):
     """{name of a part: class} of a pipeline's networks. The index may name classes of diffusers and
     transformers only: diffusers would import any module that it names."""
-    import diffusers
-    import transformers
-
     libraries = {"diffusers": diffusers, "transformers": transformers}
     found = {}
     for name, part in index.items():
         if name[0] == "_" or name in UNUSED_PARTS or not isinstance(part, list):
             continue
-        library, class_name = part if len(part) == 2 else (None, part)
-        if library is None and class_name is None:
+        if part == [None, None]:
             continue
+        library, class_name = part if len(part) == 2 else (None, part)
         part_class = getattr(libraries.get(library), str(class_name), None)
         if not isinstance(part_class, type):
             raise UserError(f"{path}: its {name} is of an unknown class, {library} {class_name}")
@@ -112,18 +96,14 @@ def network_classes(path, index):
 
 def load_part(part_class, path, name):
     """A network of a pipeline, in the one variant that is there: whole or fp16."""
-    import diffusers
-
     options = {"use_safetensors": True}
-    if issubclass(part_class, diffusers.ModelMixin):
-        options["low_cpu_mem_usage"] = False
     files = [file.name for file in (Path(path) / name).glob("*")]
-    plain = [file for file in files if file.endswith(".safetensors") and ".fp16." not in file]
-    if Path(path).is_dir() and not plain:
-        if not any(".fp16." in file and file.endswith(".safetensors") for file in files):
-            others = [file for file in files if Path(file).suffix in (".bin", ".ckpt", ".pt")]
-            hint = f"; {others[0]} is not read: convert it to .safetensors" if others else ""
-            raise UserError(f"{path}/{name} holds no weights in .safetensors files{hint}")
+    readable = [file for file in files if file.endswith(".safetensors")]
+    if Path(path).is_dir() and not readable:
+        others = [file for file in files if Path(file).suffix in (".bin", ".ckpt", ".pt")]
+        hint = f"; {others[0]} is not read: convert it to .safetensors" if others else ""
+        raise UserError(f"{path}/{name} holds no weights in .safetensors files{hint}")
+    if readable and all(".fp16." in file for file in readable):
         print(f"{path}/{name}: only its fp16 variant is there; it is used", file=sys.stderr)
         options["variant"] = "fp16"
     try:
@@ -137,9 +117,6 @@ def load_part(part_class, path, name):
 def find_on_hub(path):
     """Ask once for what is neither a folder nor fetched already: the libraries would go on asking
     for a minute, and then say that a file is missing. Raises OSError."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
-
     cached = huggingface_hub.try_to_load_from_cache
     files = ("model_index.json", "config.json")
     if Path(path).exists() or any(isinstance(cached(path, file), str) for file in files):
@@ -157,8 +134,6 @@ def find_on_hub(path):
 def pipeline_kind(path, known):
     """The name of the pipeline's class and its model_index.json, {} of a file. Raises a UserError
     that says what is wrong with the path."""
-    from diffusers import DiffusionPipeline
-
     if Path(path).is_file():
         # Of files with original names, only SDXL's hold a second text encoder.
         second = any(name.startswith("conditioner.embedders.1.") for name in names_in_file(path))
@@ -172,9 +147,9 @@ def pipeline_kind(path, known):
             raise UserError(
                 f"there is no model directory or file {path}, and it is no hub id (owner/name)"
             )
-        with loading(f"the model {path}"):
+        with in_one_line(f"the model {path} cannot be loaded"):
             find_on_hub(path)
-            index = DiffusionPipeline.load_config(path)
+            index = diffusers.DiffusionPipeline.load_config(path)
     kind = index.get("_class_name")
     if not isinstance(kind, str) or kind not in known:
         raise UserError(f"{path} is a {kind}; supported are {', '.join(known)}")
@@ -182,18 +157,13 @@ def pipeline_kind(path, known):
 
 
 def names_in_file(path):
-    try:
-        with safe_open(path, "pt") as archive:
-            return set(archive.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the model {path} cannot be loaded: {first_line(error)}") from None
+    with in_one_line(f"the model {path} cannot be loaded"), safe_open(path, "pt") as archive:
+        return set(archive.keys())
 
 
 def load_single_file(path, pipeline_class, config, parts):
     """The pipeline of one file with original names. The keys v_pred and ztsnr, which carry no
     weights, say how the network was trained."""
-    from diffusers import DDIMScheduler
-
     if config is not None and not Path(config).is_dir():
         raise UserError(f"--config {config}: there is no such directory")
     try:
@@ -214,20 +184,18 @@ def load_single_file(path, pipeline_class, config, parts):
     if "ztsnr" in names:
         changes["rescale_betas_zero_snr"] = True
     if changes:
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **changes)
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, **changes)
     return pipe
 
 
 def load_vae(path):
     """AutoencoderKL, or AutoencoderTiny: much smaller, good enough to watch a run by."""
-    import diffusers
-
-    with loading(f"--vae {path}"):
+    with in_one_line(f"--vae {path} cannot be loaded"):
         find_on_hub(path)
         kind = diffusers.AutoencoderKL.load_config(path).get("_class_name")
         if kind not in ("AutoencoderKL", "AutoencoderTiny"):
             raise UserError(f"--vae {path} holds a {kind}, not an AutoencoderKL or AutoencoderTiny")
-        return load_pretrained(getattr(diffusers, kind), path, low_cpu_mem_usage=False)
+        return load_pretrained(getattr(diffusers, kind), path)
 
 
 def check_network(unet, name):

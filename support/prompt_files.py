@@ -2,21 +2,12 @@
 
 import csv
 import json
-import pickle
 from pathlib import Path
 
-from support.cli import UserError, first_line
-from support.weights import DATA_BYTES, read_text
+from support.cli import UserError, import_package
+from support.weights import DATA_BYTES, Unpickler, in_one_line, read_text
 
 COLUMNS = ("prompt", "caption", "text", "prompts", "captions")  # the first that is there
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads text, numbers, None, lists, tuples and dicts. Everything else in a pickle asks for a
-    class or a function by name, and gets none."""
-
-    def find_class(self, module, name):
-        raise ValueError(f"it asks for {module}.{name}, and nothing in a file is executed")
 
 
 def from_text(path):
@@ -71,13 +62,7 @@ def from_json_lines(path):
 
 
 def from_parquet(path):
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"--prompts {path} needs a package that is not installed: pip install pyarrow"
-        ) from None
-    table = pyarrow.parquet.ParquetFile(path)
+    table = import_package("pyarrow.parquet", f"--prompts {path}").ParquetFile(path)
     name = table.schema_arrow.names[column_of(table.schema_arrow.names)]
     return table.read(columns=[name]).column(name).to_pylist()
 
@@ -85,7 +70,7 @@ def from_parquet(path):
 def from_pickle(path):
     """A pickle of strings, or of a dict with strings for values."""
     with open(path, "rb") as file:
-        prompts = PlainUnpickler(file).load()
+        prompts = Unpickler(file).load()
     return list(prompts.values()) if isinstance(prompts, dict) else list(prompts)
 
 
@@ -117,14 +102,8 @@ def read_prompts(path):
         )
     if path.exists() and not path.is_file():
         raise UserError(f"the prompt file {path} cannot be read: it is no regular file")
-    try:
+    with in_one_line(f"the prompt file {path} cannot be read"):
         prompts = reader(path)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"the prompt file {path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # a damaged file can fail in any way
-        raise UserError(f"the prompt file {path} cannot be read: {first_line(error)}") from None
     for number, prompt in enumerate(prompts, start=1):
         if not isinstance(prompt, str):
             kind = type(prompt).__name__

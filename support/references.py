@@ -1,18 +1,18 @@
 """References of eval.py: statistics and features of a folder of images, or a file of them."""
 
 import json
-import zipfile
 
 import numpy as np
 import torch
 
 import fsdp
 from support.checkpoint import replace_file
-from support.cli import UserError, first_line
+from support.cli import UserError
 from support.judges.gauges import Gauges
 from support.judging import folder_source, judge_source, read_parts
 from support.metrics import Gaussian
 from support.report import warnings_text
+from support.weights import in_one_line
 
 LARGEST_FILE = 2**32  # bytes that a file of statistics may unpack to
 REFERENCE_FEATURES = 50_000  # the most of a reference's images for kid, precision and recall
@@ -65,7 +65,7 @@ def write(path, setting):
 
 def of_file(path, setting):
     """The same of an .npz, EDM's or one that `write` wrote."""
-    try:
+    with in_one_line(f"--reference {path} is no .npz with mu and sigma"):
         with np.load(path, allow_pickle=False) as archive:
             if sum(entry.file_size for entry in archive.zip.infolist()) > LARGEST_FILE:
                 raise ValueError(f"it unpacks to more than {LARGEST_FILE:,} bytes")
@@ -73,9 +73,6 @@ def of_file(path, setting):
         about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
         arrays = {name: torch.from_numpy(values) for name, values in arrays.items()}
         mu, sigma = arrays["mu"], arrays["sigma"]
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        why = first_line(error)
-        raise UserError(f"--reference {path} is no .npz with mu and sigma: {why}") from None
     if mu.shape != (2048,) or sigma.shape != (2048, 2048):
         shapes = f"mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}"
         raise UserError(

@@ -1,5 +1,6 @@
 """Tensors with prompts in shards of 256 samples: safetensors with prompts and a checksum."""
 
+import functools
 import hashlib
 import json
 import math
@@ -7,17 +8,16 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import fsdp
 from support.checkpoint import differing, make_writable, replace_file, replace_text
 from support.cli import UserError
-from support.weights import read_json
+from support.weights import fingerprint, in_one_line, read_json
 
 SHARD = 256
-NOT_AS_WRITTEN = (KeyError, TypeError, ValueError, AttributeError)  # of a header
 
 
 # ----------------------------------------------------------------------------- one shard
@@ -45,23 +45,16 @@ def shard_digest(tensors, prompts):
 def write_shard(file, tensors, prompts, left_out):
     digest = shard_digest(tensors, prompts)
     about = json.dumps({"prompts": prompts, "left_out": left_out, "sha256": digest})
-
-    def write(partial):
-        save_file(tensors, partial, metadata={"about": about})
-
-    replace_file(file, write)
+    replace_file(file, functools.partial(save_file, tensors, metadata={"about": about}))
 
 
 def read_shard(file, names=None):
     """{name: tensor} of these names or of all, list of str, {file that was left out: why}"""
-    try:
-        with safe_open(file, "pt") as archive:
-            tensors = {name: archive.get_tensor(name) for name in names or archive.keys()}
-            about = about_shard(archive)
+    what = " and ".join(names or ["tensors"])
+    with in_one_line(f"{file} is damaged or holds no {what}"), safe_open(file, "pt") as archive:
+        tensors = {name: archive.get_tensor(name) for name in names or archive.keys()}
+        about = about_shard(archive)
         good = about["sha256"] == shard_digest(tensors, about["prompts"])
-    except (OSError, SafetensorError, RecursionError, *NOT_AS_WRITTEN) as error:
-        what = " and ".join(names or ["tensors"])
-        raise UserError(f"{file} is damaged or holds no {what}: {type(error).__name__}") from None
     if not good or any(len(tensor) != len(about["prompts"]) for tensor in tensors.values()):
         raise UserError(f"{file} is damaged: it is not what was written")
     return tensors, about["prompts"], about["left_out"]
@@ -77,13 +70,11 @@ class Shards:
     def __init__(self, folder, names, what, model, made_by, command):
         """made_by: fingerprint of the weights they must be made by; None where that is open."""
         self.model, self.names = model, names
-        try:
-            self.config = read_json(Path(folder) / "config.json")
-            count = self.config["count"]
-            if type(count) is not int or not 0 < count <= 10**9:
-                raise ValueError
-        except (UserError, ValueError, KeyError):
-            raise UserError(f"there are no {what} in {folder}: make them with {command}") from None
+        file = Path(folder) / "config.json"
+        self.config = read_json(file) if file.is_file() else {}
+        count = self.config.get("count")
+        if type(count) is not int or not 0 < count <= 10**9:
+            raise UserError(f"there are no {what} in {folder}: make them with {command}")
         if made_by and self.config.get("made_by") != made_by:
             raise UserError(
                 f"the {what} in {folder} were made by the weights of "
@@ -114,18 +105,15 @@ class Shards:
         return set(self.prompts)
 
     def problem(self, file):
+        """What is wrong with a shard for this model, or None."""
         try:
             tensors, _, _ = read_shard(file, self.names)
         except UserError as error:
             return str(error)
-        return self.misfit(file, tensors)
-
-    def misfit(self, file, tensors):
-        """What is wrong with tensors for this model, or None."""
         wanted = self.model.sample_shape
-        for tensor in tensors.values():
-            if tensor.shape[1:] != wanted:
-                shape = tuple(tensor.shape[1:])
+        for name in self.names or ():
+            shape = tuple(tensors[name].shape[1:])
+            if shape != wanted:
                 return f"{file} holds samples of shape {shape}; {self.model.name} has {wanted}"
         return None
 
@@ -134,15 +122,40 @@ class Shards:
         return self.read((draws.uniform() * self.count).long().tolist())
 
     def read(self, index):
-        tensors = []
-        for name in self.names:
-            rows = self.rows(name, [self.places[i] for i in index])
-            tensors.append(as_sample(torch.cat(rows)).to(self.model.device))
+        device = self.model.device
+        tensors = [as_sample(self.rows(name, index)).to(device) for name in self.names]
         return *tensors, [self.prompts[i] for i in index]
 
-    def rows(self, name, places):
-        """[(1, ...), ...] of a tensor, at places (shard, row)."""
-        return [self.archives[k].get_slice(name)[i : i + 1] for k, i in places]
+    def rows(self, name, index):
+        """(B, ...) of one tensor."""
+        places = [self.places[i] for i in index]
+        return torch.cat([self.archives[k].get_slice(name)[row : row + 1] for k, row in places])
+
+
+class Conditions(Shards):
+    """Prompts that were encoded beforehand. Called with prompts it gives cond, batch first, whose
+    tensors have shapes of their own."""
+
+    def __init__(self, folder, model):
+        command = f"python data.py prompts --prompts FILE --out {folder} --model {model.name}"
+        made_by = fingerprint(model.origin)
+        super().__init__(folder, None, "encoded prompts", model, made_by, command)
+        if self.config.get("what") != "prompts":
+            raise UserError(f"there are no encoded prompts in {folder}: make them with {command}")
+        self.folder = folder
+        self.names = sorted(self.archives[0].keys())
+        self.index_of = {prompt: i for i, prompt in enumerate(self.prompts)}
+        self.texts = [prompt for prompt in self.index_of if prompt]
+
+    def __call__(self, prompts):
+        unknown = [prompt for prompt in prompts if prompt not in self.index_of]
+        if unknown:
+            raise UserError(
+                f"--prompts {self.folder} does not hold the prompt {unknown[0]!r} of the real data "
+                "or pairs: encode their captions too"
+            )
+        index = [self.index_of[prompt] for prompt in prompts]
+        return {name: self.rows(name, index) for name in self.names}
 
 
 def as_sample(x):
@@ -153,7 +166,7 @@ def as_sample(x):
 # ----------------------------------------------------------------------------- writing many
 
 
-def make_shards(out, config, names, make):
+def make_shards(out, config, make):
     """Write what make(shard, size, bar) gives for every shard, each rank its part: tensors,
     prompts, {file that was left out: why}. What is there already, whole, is not made again. Returns
     all that was left out."""
@@ -166,7 +179,7 @@ def make_shards(out, config, names, make):
     exact = config["what"] in ("pairs", "prompts")  # of images, bad ones may be missing
     files = {i: out / f"{i:05d}.safetensors" for i in range(rank, math.ceil(count / SHARD), ranks)}
     sizes = {i: min(SHARD, count - i * SHARD) for i in files}
-    todo = [i for i in files if not is_whole(files[i], names, sizes[i], exact)]
+    todo = [i for i in files if not is_whole(files[i], sizes[i] if exact else None)]
     total = sum(sizes.values())
     done = total - sum(sizes[i] for i in todo)
     unit = config["what"][:-1]
@@ -191,9 +204,10 @@ def check_same_config(out, config):
         raise UserError(f"{out} is of another configuration: " + "; ".join(fields))
 
 
-def is_whole(file, names, size, exact):
+def is_whole(file, count=None):
+    """Whether that is a shard as it was written and, where a count is given, of so many samples."""
     try:
-        count = len(read_shard(file, names)[1]) if file.is_file() else -1
+        prompts = read_shard(file)[1]
     except UserError:
         return False
-    return count == size if exact else count >= 0
+    return count in (None, len(prompts))

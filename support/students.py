@@ -12,34 +12,26 @@ from safetensors.torch import save_file
 import fsdp
 import models
 from support import checkpoint, flags
-from support.cli import UserError, first_line
+from support.cli import UserError, import_package
 from support.model_card import model_card
-from support.pipelines import loading
-from support.weights import fingerprint, load_pretrained, load_weights, read_json, read_weights
+from support.weights import fingerprint, in_one_line, load_pretrained, read_json, read_weights
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 
 
 def check_peft(flag):
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise UserError(f"{flag} needs a package that is not installed: pip install peft") from None
+    import_package("peft", flag)
 
 
 def run_config(path):
     """The config.json of the run whose directory, student/, checkpoint or LoRA file that is; {} for
     anything else."""
-    path, file = Path(path).absolute(), None
-    if (path / "config.json").is_file() and (path / "student").is_dir():
-        file = path / "config.json"
-    for folder in (path, path.parent):
-        run = folder.parent
-        inside = folder.name == "student" or folder.parent.name == "checkpoints"
-        run = run.parent if folder.parent.name == "checkpoints" else run
-        if inside and (run / "config.json").is_file():
-            file = file or run / "config.json"
-    return flags.checked_flags(read_json(file), file) if file else {}
+    path = Path(path).absolute()
+    for run in (path, *path.parents[:2]):
+        file = run / "config.json"
+        if file.is_file() and ((run / "student").is_dir() or (run / "checkpoints").is_dir()):
+            return flags.checked_flags(read_json(file), file)
+    return {}
 
 
 # ----------------------------------------------------------------------------- reading
@@ -66,7 +58,8 @@ def load_student(path, model):
         if any("lora" in name for name in weights):
             merge_lora(network, weights, path, model)
         else:
-            load_weights(network, weights, path, model.name)
+            with in_one_line(f"the student {path} does not fit {model.name}"):
+                network.load_state_dict(weights)
     else:
         raise UserError(f"there is no student at {path}")
     return ready(model.make_denoiser(network), model)
@@ -90,12 +83,9 @@ def student_of_checkpoint(folder, model):
     """The averaged student that a run had there."""
     manifest = whole_manifest(folder)
     config = flags.checked_flags(manifest["config"], folder / "manifest.json")
-    missing = {"lora", "lora_alpha", "seed", "ema"} - config.keys()
-    if missing:
-        raise UserError(f"{folder}/manifest.json lacks the flag {min(missing)}")
     if config["lora"]:
         check_peft(f"the LoRA of {folder}")
-        in_float32 = next(model.origin.parameters()).is_floating_point()
+        in_float32 = next(model.origin.parameters()).dtype == torch.float32
         if in_float32 and manifest["teacher"] != fingerprint(model.denoiser):
             raise UserError(f"{folder} holds a LoRA of another teacher than {model.name}")
     student = models.trainable_copy(
@@ -111,9 +101,8 @@ def student_of_checkpoint(folder, model):
 def load_fake_score(path, fake_score):
     """Fill the fake score with that of a run, and its head if both have one. A student that is no
     run has none: the fake score then stays the teacher."""
-    run = Path(path)
-    run = run.parent.parent if run.parent.name == "checkpoints" else run
-    folders = [Path(path)] if run != Path(path) else checkpoint.complete_checkpoints(run)
+    is_checkpoint = (Path(path) / "manifest.json").is_file()
+    folders = [Path(path)] if is_checkpoint else checkpoint.complete_checkpoints(path)
     if not folders:
         fsdp.print_main(f"{path} has no fake score: it starts as the teacher")
         return
@@ -134,23 +123,19 @@ def network_from_folder(folder, model):
             f"there is no student at {folder}: neither student/config.json nor config.json is there"
         )
     kind = model.network_class
-    with loading(f"the student {folder}"):
+    with in_one_line(f"the student {folder} cannot be loaded"):
         config = kind.load_config(folder)
         if config.get("_class_name") != kind.__name__:
             found = config.get("_class_name")
             holds = f"a {found}" if found else "no student/, and no network"
             raise UserError(f"{folder} holds {holds}, not a {kind.__name__}")
         check_same_architecture(config, model, folder)
-        return load_pretrained(kind, folder, use_safetensors=True, low_cpu_mem_usage=False)
+        return load_pretrained(kind, folder, use_safetensors=True)
 
 
 def check_same_architecture(config, model, folder):
-    for name, value in model.origin.network.config.items():
+    for name, value in json.loads(model.origin.network.to_json_string()).items():
         theirs = config.get(name, value)
-        if isinstance(value, tuple) and isinstance(theirs, list):
-            theirs = tuple(theirs)
-        if isinstance(value, list) and isinstance(theirs, list):
-            value, theirs = tuple(value), tuple(theirs)
         if name[0] != "_" and theirs != value:
             raise UserError(
                 f"the student {folder} has another architecture than {model.name}: {name} is "
@@ -189,7 +174,7 @@ def merge_lora(network, weights, path, model):
     check_peft(f"the LoRA {path}")
     check_pairs(weights, path)
     kind = type(model.pipe)
-    try:
+    with in_one_line(f"the LoRA {path} does not fit {model.name}"):
         if model.family.network == "transformer":
             pipe = copy.copy(model.pipe)
             pipe.transformer = network
@@ -204,21 +189,13 @@ def merge_lora(network, weights, path, model):
         names = {name.split(".lora")[0] for name in in_peft if name.startswith("unet.")}
         modules = {f"unet.{name}" for name, _ in network.named_modules()}
         if not names:
-            raise UserError(
-                f"the LoRA {path} does not fit {model.name}: it has no part for the UNet"
-            )
+            raise ValueError("it has no part for the UNet")
         if names - modules:
             unknown = min(names - modules).removeprefix("unet.")
-            raise UserError(
-                f"the LoRA {path} does not fit {model.name}: {unknown} is not known there"
-            )
+            raise ValueError(f"{unknown} is not known there")
         kind.load_lora_into_unet(state, network_alphas=alphas, unet=network, metadata=metadata)
         network.fuse_lora()
         network.unload_lora()
-    except UserError:
-        raise
-    except Exception as error:  # the libraries have many
-        raise UserError(f"the LoRA {path} does not fit {model.name}: {first_line(error)}") from None
 
 
 # ----------------------------------------------------------------------------- writing
@@ -227,12 +204,10 @@ def merge_lora(network, weights, path, model):
 def write_student(out, nets, config):
     """Write the averaged student, as it is now, to out/student. Every rank calls this."""
     network = nets.averaged_student.network
+    state = fsdp.full_state(network)
     if config["lora"]:
         trained = {name for name, p in nets.student.network.named_parameters() if p.requires_grad}
-        state = fsdp.full_state(network)
         state = {name: tensor for name, tensor in state.items() if name in trained}
-    else:
-        state = fsdp.full_state(network)
 
     def write(folder):
         folder.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """Weights on disk and what identifies them. Nothing in a file is executed."""
 
+import contextlib
 import hashlib
 import json
 import pickle
@@ -7,8 +8,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import diffusers
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from support.cli import UserError, first_line
@@ -39,6 +40,19 @@ def fingerprints(model):
     return parts | {"schedule": f"{model.prediction} {digest}"}
 
 
+@contextlib.contextmanager
+def in_one_line(what):
+    """Any error inside, of which libraries have many for a damaged or unfitting file, becomes a
+    UserError: what, and the error's first line."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        why = getattr(error, "strerror", None) or first_line(error)[:300]
+        raise UserError(f"{what}: {why}") from None
+
+
 def read_text(path, limit=CONFIG_BYTES):
     """A file's text, UTF-8 with or without BOM. Raises OSError, or ValueError with the reason."""
     path = Path(path)
@@ -58,12 +72,8 @@ def read_text(path, limit=CONFIG_BYTES):
 
 def read_json(path, limit=CONFIG_BYTES):
     """The object, {name: value}, in a JSON file."""
-    try:
+    with in_one_line(f"{path} cannot be read"):
         content = json.loads(read_text(path, limit))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(
             f"{path} should hold names and values, and holds a {type(content).__name__}"
@@ -118,18 +128,19 @@ def load_pretrained(kind, path, subfolder=None, **options):
         check_sizes(read_json(Path(where) / "config.json"), where)
     if subfolder:
         options["subfolder"] = subfolder
+    if issubclass(kind, diffusers.ModelMixin):
+        options["low_cpu_mem_usage"] = False  # else a missing weight is left without values
     network, report = kind.from_pretrained(path, output_loading_info=True, **options)
-    if report["missing_keys"] or report["unexpected_keys"]:
-        weights = unwrapped(weights_in_folder(where), where)
-        expected = network.state_dict()
-        known = {name: tensor for name, tensor in weights.items() if name in expected}
-        if known.keys() == expected.keys() and report["missing_keys"]:
-            network.load_state_dict(known)
-            report = {"unexpected_keys": weights.keys() - expected.keys()}
+    missing, unknown = report["missing_keys"], report["unexpected_keys"]
+    if missing and Path(where).is_dir():
+        weights = {}
+        for file in sorted(Path(where).glob("*.safetensors")):
+            weights |= load_file(file)
+        missing, unknown = network.load_state_dict(unwrapped(weights, where), strict=False)
     # Old files of CLIP hold a table of positions, which is no weight.
-    unknown = [name for name in report.get("unexpected_keys", ()) if "position_ids" not in name]
+    unknown = [name for name in unknown if "position_ids" not in name]
     for problem, names in (
-        ("lacks", report.get("missing_keys")),
+        ("lacks", missing),
         ("holds an unknown weight", unknown),
         ("has another shape of", report.get("mismatched_keys")),
     ):
@@ -141,51 +152,43 @@ def load_pretrained(kind, path, subfolder=None, **options):
     return network
 
 
-def weights_in_folder(folder):
-    """{name: tensor} of all .safetensors files of a folder; {} where it is a hub id."""
-    weights = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        weights |= load_file(file)
-    return weights
+def load_tensors(file):
+    """What torch.save wrote, as long as it is tensors and nothing that runs."""
+    with warnings.catch_warnings():  # of old storages with a type
+        warnings.simplefilter("ignore")
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+class Unpickler(pickle.Unpickler):
+    """Reads text, numbers, None, lists, tuples and dicts. Everything else in a pickle asks for a
+    class or a function by name, and gets what stands for it in {(module, name): stand-in}."""
+
+    def __init__(self, file, stands_for=None):
+        super().__init__(file)
+        self.stands_for = stands_for or {}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.stands_for:
+            message = f"it asks for {module}.{name}, and nothing in a file is executed"
+            raise pickle.UnpicklingError(message)
+        return self.stands_for[module, name]
 
 
 def read_weights(path, what="the student"):
     """{name: tensor} of a .safetensors file or of a file that torch.save wrote."""
     path = Path(path)
-    if path.exists() and not path.is_file():
+    if not path.is_file():
         raise UserError(f"{what} {path} cannot be loaded: it is no regular file")
     try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            with warnings.catch_warnings():  # of old storages with a type
-                warnings.simplefilter("ignore")
-                weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
     except pickle.UnpicklingError:
         why = "it holds more than weights, which is not loaded"
         raise UserError(f"{what} {path} cannot be loaded: {why}") from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
-        why = "it is cut off or no file of weights" if path.is_file() else first_line(error)
+    except Exception:
+        why = "it is cut off or no file of weights"
         raise UserError(f"{what} {path} cannot be loaded: {why}") from None
-    tensors = isinstance(weights, dict) and [isinstance(v, torch.Tensor) for v in weights.values()]
-    if not tensors or not all(tensors):
+    values = list(weights.values()) if isinstance(weights, dict) else []
+    if not values or not all(isinstance(value, torch.Tensor) for value in values):
         raise UserError(f"{what} {path} is no file of weights by name")
     check_finite(weights, f"{what} {path}")
     return unwrapped(weights, path)
-
-
-def load_weights(network, weights, path, name):
-    """Fill the network, which is of the model `name`, or say what does not fit."""
-    own = network.state_dict()
-    for key, tensor in own.items():
-        if key not in weights:
-            raise UserError(f"the student {path} does not fit {name}: it has no {key}")
-        shape, wanted = tuple(weights[key].shape), tuple(tensor.shape)
-        if shape != wanted:
-            raise UserError(
-                f"the student {path} does not fit {name}: {key} is {shape}, not {wanted}"
-            )
-    for key in weights:
-        if key not in own:
-            raise UserError(f"the student {path} does not fit {name}: {key} is not known there")
-    network.load_state_dict(weights)
