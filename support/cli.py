@@ -123,69 +123,32 @@ def answer_early(make_parser, doc, announce=None):
 # ----------------------------------------------------------------------------- types of flags
 
 
-def positive(text):
-    """A whole number above 0."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def natural(text):
-    """A whole number, 0 or above."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or above")
-    return int(text)
-
-
-def number_of(text):
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
-def positive_number(text):
-    """A finite number above 0."""
-    value = number_of(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
-def weight(text):
-    """A finite number, 0 or above."""
-    value = number_of(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or above")
-    return value
-
-
-def share(text):
-    """A number from 0 to 1."""
-    value = number_of(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
-
-
-def decay(text):
-    """A number from 0 to 1, without 1."""
-    value = number_of(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not in [0, 1)")
-    return value
-
-
-def dtype(*names):
-    """One of these names of dtypes, or its short form."""
-    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+def number(read, fits, wanted):
+    """The type of a flag: a word that `read` reads, and that then fits."""
 
     def parse(text):
-        if short.get(text, text) not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(names)}")
-        return short.get(text, text)
+        try:
+            value = read(text)
+        except ValueError:
+            value = float("nan")  # which fits nothing
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
 
     return parse
+
+
+positive = number(int, lambda n: n > 0, "a whole number above 0")
+natural = number(int, lambda n: n >= 0, "a whole number, 0 or above")
+positive_number = number(float, lambda x: 0 < x < float("inf"), "a number above 0")
+weight = number(float, lambda x: 0 <= x < float("inf"), "a number, 0 or above")
+share = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+decay = number(float, lambda x: 0 <= x < 1, "in [0, 1)")
+
+
+def dtype(text):
+    """The dtype that a short name stands for."""
+    return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(text, text)
 
 
 def check_choice(flag, value, choices):
@@ -212,16 +175,17 @@ def run(main):
     try:
         main()
     except UserError as error:
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        message, status = f"{os.path.basename(sys.argv[0])}: {error}", error.status
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        message, status = "interrupted", 130
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {MEMORY_ADVICE}", file=sys.stderr)
-        sys.exit(1)
+        message, status = f"{os.path.basename(sys.argv[0])}: {MEMORY_ADVICE}", 1
+    else:
+        return
+    print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 MEMORY_ADVICE = (
