@@ -147,7 +147,7 @@ class Setting:
         self.warnings, self.bad, self.counts = [], {}, {}
         if args.reference and not Path(args.reference).exists():
             raise UserError(f"--reference {args.reference}: there is no such file or folder")
-        self.protocol_name = args.protocol or default_protocol(model)
+        self.protocol_name = args.protocol or (model and data.embedded_set(model)) or "as-is"
         cli.check_choice("--protocol", self.protocol_name, PROTOCOLS)
         self.protocol = PROTOCOLS[self.protocol_name]
         self.check_model()
@@ -296,10 +296,6 @@ class Setting:
                 )
             table.append((source.label, metrics))
         return table
-
-
-def default_protocol(model):
-    return (model and data.embedded_set(model)) or "as-is"
 
 
 # ----------------------------------------------------------------------------- command line

@@ -17,11 +17,10 @@ class UserError(Exception):
         self.status = status
 
 
-# What other programs call our flags.
+# What other programs call our flags, where difflib would not find them.
 ALIASES = {
     "--lr": "--learning-rate",
     "--bs": "--batch-size",
-    "--train-batch-size": "--batch-size",
     "--steps": "--student-steps",
     "--num-steps": "--student-steps",
     "--num-inference-steps": "--steps",
@@ -30,16 +29,12 @@ ALIASES = {
     "--max-train-steps": "--iterations",
     "--cfg": "--guidance",
     "--cfg-scale": "--guidance",
-    "--guidance-scale": "--guidance",
-    "--output": "--out",
     "--output-dir": "--out",
     "--teacher": "--model",
     "--pretrained-model-name-or-path": "--model",
     "--gradient-accumulation-steps": "--micro-batch",
-    "--gradient-checkpointing": "--activation-checkpointing",
     "--mixed-precision": "--dtype",
     "--rank": "--lora",
-    "--ema-decay": "--ema",
     "--max-grad-norm": "--clip",
     "--report-to": "--track",
 }
@@ -170,32 +165,34 @@ def first_line(error):
     return lines[0]
 
 
-def run(main):
-    """Call main. A UserError becomes one line and its exit status."""
-    try:
-        main()
-    except UserError as error:
-        message, status = f"{os.path.basename(sys.argv[0])}: {error}", error.status
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        message, status = f"{os.path.basename(sys.argv[0])}: {MEMORY_ADVICE}", 1
-    else:
-        return
-    print(message, file=sys.stderr)
-    sys.exit(status)
-
-
-MEMORY_ADVICE = (
-    "out of memory: train with a smaller --micro-batch, --activation-checkpointing, --lora or more "
-    "GPUs; draw with a smaller --batch-size"
+OUT_OF_MEMORY = (  # what Python, a GPU and the CPU's allocator say
+    *("MemoryError", "OutOfMemoryError"),
+    *("CUDA out of memory", "not enough memory", "can't allocate memory"),
 )
 
 
-def is_out_of_memory(error):
-    """Of Python, of a GPU or of the CPU's allocator."""
-    words = ("CUDA out of memory", "not enough memory", "can't allocate memory")
-    names = ("MemoryError", "OutOfMemoryError")
-    return type(error).__name__ in names or any(word in str(error) for word in words)
+def explain(error):
+    """One line and an exit status, or None where that is not for the user to mend."""
+    command = os.path.basename(sys.argv[0])
+    if isinstance(error, UserError):
+        return f"{command}: {error}", error.status
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if any(words in f"{type(error).__name__}: {error}" for words in OUT_OF_MEMORY):
+        advice = (
+            "train with a smaller --micro-batch, --activation-checkpointing, --lora or more GPUs"
+        )
+        return f"{command}: out of memory: {advice}; draw with a smaller --batch-size", 1
+    return None
+
+
+def run(main):
+    """Call main. What the user can mend becomes one line and an exit status."""
+    try:
+        main()
+    except (Exception, KeyboardInterrupt) as error:
+        said = explain(error)
+        if said is None:
+            raise
+        print(said[0], file=sys.stderr)
+        sys.exit(said[1])
