@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import importlib
 import os
 import re
 import shlex
@@ -155,6 +156,15 @@ def check_choice(flag, value, choices):
 
 
 # ----------------------------------------------------------------------------- running
+
+
+def import_package(name, flag, install=None):
+    """A package that this flag alone needs."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:  # the latter of one that does not fit another
+        install = install or name
+        raise UserError(f"{flag} needs pip install {install} ({first_line(error)})") from None
 
 
 def first_line(error):

@@ -1,18 +1,15 @@
 """eval.py's tables and metrics.json."""
 
+import contextlib
 import hashlib
+import importlib.metadata
 import math
 import platform
 import sys
 
-import diffusers
-import numpy as np
-import torch
-import transformers
-
 import fsdp
 from support import judges
-from support.metrics import COVERAGE_REPEATS, fidelity_or_none
+from support.metrics import COVERAGE_REPEATS
 from support.runlog import mean_of, read_rows
 from support.weights import fingerprints
 
@@ -75,11 +72,11 @@ def warnings_text(warnings):
 
 
 def versions():
-    packages = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "numpy": np}
-    if fidelity_or_none():
-        packages["torch-fidelity"] = fidelity_or_none()
-    found = {name: package.__version__ for name, package in packages.items()}
-    return {"python": platform.python_version()} | found
+    found = {"python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers", "numpy", "torch-fidelity"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def health_of(path):

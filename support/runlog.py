@@ -1,7 +1,6 @@
 """What a run is watched by: metrics, health warnings, curves, images, trackers, signals."""
 
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ import models
 import sample
 from support import checkpoint, pictures
 from support.checkpoint import explain_failed_write, replace_text
-from support.cli import UserError
+from support.cli import UserError, import_package
 
 LOG_EVERY = 10
 # Where what `vitals` gives stays in a run that goes well, and what to do where it does not. The
@@ -324,14 +323,8 @@ class Tracker:
 
 
 def import_tracker(name):
-    if not name:
-        return None
-    try:
-        return importlib.import_module(name)  # a choice of --track: wandb or trackio
-    except ImportError:
-        raise UserError(
-            f"--track {name} needs a package that is not installed: pip install {name}"
-        ) from None
+    """name: a choice of --track, or None."""
+    return import_package(name, f"--track {name}") if name else None
 
 
 class StopAtSignal:
