@@ -104,27 +104,19 @@ def real_source(setting):
     return Source("real images", key, setting.prompts, setting.counted, draw)
 
 
-def teacher_samplers(model, guidance, few, args):
-    """The teacher as it should be, and the undistilled network at a student's numbers of steps,
-    with and without guidance."""
-    made = []
-    if not args.no_teacher:
-        made.append(sample.TeacherSampler(model, args.teacher_steps, guidance, args.sampler))
-    for scale in dict.fromkeys((guidance, 1.0)):
-        for steps in few:
-            made.append(sample.TeacherSampler(model, steps, scale, args.sampler))
-    return made
-
-
 def model_sources(setting, students, guidance):
-    """The rows of teacher, students and real images."""
+    """The rows of the teacher as it should be, of the undistilled network at a student's numbers of
+    steps with and without guidance, of students, and of real images."""
     args, model = setting.args, setting.model
-    few = ()
+    rows = [] if args.no_teacher else [(args.teacher_steps, guidance)]
     if setting.own and not args.compare:
         few = students[0].steps if students else args.steps or (4, 2, 1)
+        for scale in dict.fromkeys((guidance, 1.0)):
+            rows += [(steps, scale) for steps in few]
     sources = []
     key = {"kind": "teacher", "weights": fingerprint(model.denoiser)}
-    for sampler in teacher_samplers(model, guidance, few, args):
+    for steps, scale in rows:
+        sampler = sample.TeacherSampler(model, steps, scale, args.sampler)
         sources.append(model_source(setting, sampler, key | {"row": sampler.label}))
     for student in students:
         key = {"kind": "student", "weights": fingerprint(student.denoiser)}
@@ -147,7 +139,7 @@ class Setting:
         self.warnings, self.bad, self.counts = [], {}, {}
         if args.reference and not Path(args.reference).exists():
             raise UserError(f"--reference {args.reference}: there is no such file or folder")
-        self.protocol_name = args.protocol or default_protocol(model)
+        self.protocol_name = args.protocol or (model and data.embedded_set(model)) or "as-is"
         cli.check_choice("--protocol", self.protocol_name, PROTOCOLS)
         self.protocol = PROTOCOLS[self.protocol_name]
         self.check_model()
@@ -296,10 +288,6 @@ class Setting:
                 )
             table.append((source.label, metrics))
         return table
-
-
-def default_protocol(model):
-    return (model and data.embedded_set(model)) or "as-is"
 
 
 # ----------------------------------------------------------------------------- command line

@@ -208,11 +208,6 @@ def reduce_gradients(module, now):
         module.set_requires_gradient_sync(now)
 
 
-def full_tensor(tensor):
-    """A sharded tensor as a plain one (each rank has to call this); a plain one as it is."""
-    return tensor.full_tensor() if isinstance(tensor, dist.tensor.DTensor) else tensor
-
-
 def full_state(module, trained_only=False):
     """The module's state_dict, unsharded and on the CPU, for the main rank; {} for the others."""
     options = StateDictOptions(
@@ -230,7 +225,8 @@ def clip_gradients(module, max_norm, name):
     """
     parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    norm = full_tensor(norm)
+    if isinstance(norm, dist.tensor.DTensor):
+        norm = norm.full_tensor()
     if not norm.isfinite():
         raise NotFinite(f"the gradient of the {name} is not finite")
     if max_norm > 0:
@@ -272,20 +268,11 @@ def run(main):
 
     try:
         guarded()
-    except UserError as error:
-        leave(f"{os.path.basename(sys.argv[0])}: {error}", error.status)
-    except Exception as error:
-        if cli.is_out_of_memory(error):
-            leave(f"rank {os.environ['RANK']}: {cli.MEMORY_ADVICE}", 1)
-        leave(f"{traceback.format_exc()}rank {os.environ['RANK']} failed: {error}", 1)
-    except KeyboardInterrupt:  # before the run has begun: it then has a handler of its own
-        leave("interrupted", 130)
+    except (Exception, KeyboardInterrupt) as error:
+        unknown = f"{traceback.format_exc()}rank {os.environ['RANK']} failed: {error}"
+        text, status = cli.explain(error) or (unknown, 1)
+        print(text, file=sys.stderr, flush=True)
+        os._exit(status)  # at once: a clean end may wait for a rank that is gone
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def leave(text, status):
-    """End this process at once: a clean end may wait for a rank that is gone."""
-    print(text, file=sys.stderr, flush=True)
-    os._exit(status)

@@ -254,10 +254,7 @@ def load_teacher_and_students(args, paths):
     open, the students' runs know."""
     for path in paths:
         if not Path(path).exists():
-            hint = ""
-            if str(path) == flags.DEFAULT_RUN:
-                hint = ": make one by `python train.py`, or name another by --student"
-            raise UserError(f"there is no student at {path}{hint}")
+            raise UserError(f"there is no student at {path}: `python train.py` makes one")
     configs = [students.run_config(path) for path in paths]
     teachers = {teacher_place(config): config for config in configs if "model" in config}
     if len(teachers) > 1 and not args.model:
@@ -270,9 +267,8 @@ def load_teacher_and_students(args, paths):
     loaded = []
     for path, config in zip(paths, configs):
         most = config.get("student_steps", 4)
-        steps = args.steps or sorted({most, max(1, most // 2), 1}, reverse=True)
-        if len(paths) > 1 and not args.steps:
-            steps = [most]
+        steps = sorted({most, max(1, most // 2), 1}, reverse=True)
+        steps = args.steps or (steps if len(paths) == 1 else [most])
         first = args.first_timestep
         first = config.get("first_timestep") if first is None else first
         check_steps(model, max(steps), first)
@@ -331,9 +327,9 @@ def main(arguments=None):
     cond = model.encode(prompts)
 
     steps = {steps for student in loaded for steps in student.steps}
-    samplers = [TeacherSampler(model, args.teacher_steps, guidance, args.sampler)]
-    for few in sorted({max(steps), min(steps)}, reverse=True):
-        samplers.append(TeacherSampler(model, few, guidance, args.sampler))
+    samplers = []
+    for count in (args.teacher_steps, *sorted({max(steps), min(steps)}, reverse=True)):
+        samplers.append(TeacherSampler(model, count, guidance, args.sampler))
     for student in loaded:
         samplers += student.samplers(model)
     most = max(sampler.noises for sampler in samplers)
@@ -348,9 +344,10 @@ def main(arguments=None):
         seconds /= len(prompts)
         first = first or seconds
         speed = f"{seconds * 1000:.3g} ms an image\n{first / seconds:.3g} x the speed"
-        print(f"{sampler.label}\n{speed}".replace("\n", ", "), flush=True)
+        title = f"{sampler.label}\n{speed}"
+        print(title.replace("\n", ", "), flush=True)
         images = model.decode(x0, args.batch_size)
-        rows.append((f"{sampler.label}\n{speed}", images))
+        rows.append((title, images))
         if args.images:
             save_images(args.images, sampler.label, about, prompts, images)
     pictures.draw_grid(rows, [model.caption(prompt) for prompt in prompts], args.out)

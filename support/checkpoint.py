@@ -33,8 +33,6 @@ from support.weights import read_json
 # What torch warns of when it saves or loads without a process group; here that is normal.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-NO_MANIFEST = "its manifest.json is missing or not what was written"
-
 
 # ----------------------------------------------------------------------------- files and folders
 
@@ -122,10 +120,7 @@ def replace_file(path, write):
 
 
 def replace_text(path, text):
-    def write(partial):
-        partial.write_text(text, encoding="utf-8")
-
-    replace_file(path, write)
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def replace_folder(path, write):
@@ -278,7 +273,7 @@ def read_manifest(folder):
 def damage_in(folder, manifest):
     """What is wrong with the checkpoint, or None. The ranks share the work of reading it all."""
     if not manifest:
-        return NO_MANIFEST
+        return "its manifest.json is missing or not what was written"
     own_files = list(manifest["files"].items())[fsdp.rank() :: fsdp.world_size()]
     own = [damage_of(folder / name, *entry) for name, entry in own_files]
     everyone = [damage for part in fsdp.gather_objects(own) for damage in part if damage]

@@ -18,11 +18,10 @@ class UserError(Exception):
         self.status = status
 
 
-# What other programs call our flags.
+# What other programs call our flags, where difflib would not find them.
 ALIASES = {
     "--lr": "--learning-rate",
     "--bs": "--batch-size",
-    "--train-batch-size": "--batch-size",
     "--steps": "--student-steps",
     "--num-steps": "--student-steps",
     "--num-inference-steps": "--steps",
@@ -31,16 +30,12 @@ ALIASES = {
     "--max-train-steps": "--iterations",
     "--cfg": "--guidance",
     "--cfg-scale": "--guidance",
-    "--guidance-scale": "--guidance",
-    "--output": "--out",
     "--output-dir": "--out",
     "--teacher": "--model",
     "--pretrained-model-name-or-path": "--model",
     "--gradient-accumulation-steps": "--micro-batch",
-    "--gradient-checkpointing": "--activation-checkpointing",
     "--mixed-precision": "--dtype",
     "--rank": "--lora",
-    "--ema-decay": "--ema",
     "--max-grad-norm": "--clip",
     "--report-to": "--track",
 }
@@ -124,69 +119,32 @@ def answer_early(make_parser, doc, announce=None):
 # ----------------------------------------------------------------------------- types of flags
 
 
-def positive(text):
-    """A whole number above 0."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def natural(text):
-    """A whole number, 0 or above."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or above")
-    return int(text)
-
-
-def number_of(text):
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
-def positive_number(text):
-    """A finite number above 0."""
-    value = number_of(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
-def weight(text):
-    """A finite number, 0 or above."""
-    value = number_of(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or above")
-    return value
-
-
-def share(text):
-    """A number from 0 to 1."""
-    value = number_of(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
-
-
-def decay(text):
-    """A number from 0 to 1, without 1."""
-    value = number_of(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not in [0, 1)")
-    return value
-
-
-def dtype(*names):
-    """One of these names of dtypes, or its short form."""
-    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+def number(read, fits, wanted):
+    """The type of a flag: a word that `read` reads, and that then fits."""
 
     def parse(text):
-        if short.get(text, text) not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(names)}")
-        return short.get(text, text)
+        try:
+            value = read(text)
+        except ValueError:
+            value = float("nan")  # which fits nothing
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
 
     return parse
+
+
+positive = number(int, lambda n: n > 0, "a whole number above 0")
+natural = number(int, lambda n: n >= 0, "a whole number, 0 or above")
+positive_number = number(float, lambda x: 0 < x < float("inf"), "a number above 0")
+weight = number(float, lambda x: 0 <= x < float("inf"), "a number, 0 or above")
+share = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+decay = number(float, lambda x: 0 <= x < 1, "in [0, 1)")
+
+
+def dtype(text):
+    """The dtype that a short name stands for."""
+    return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(text, text)
 
 
 def check_choice(flag, value, choices):
@@ -210,6 +168,15 @@ def import_package(name, what):
 # ----------------------------------------------------------------------------- running
 
 
+def import_package(name, flag, install=None):
+    """A package that this flag alone needs."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:  # the latter of one that does not fit another
+        install = install or name
+        raise UserError(f"{flag} needs pip install {install} ({first_line(error)})") from None
+
+
 def first_line(error):
     """What an exception says, in one line."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
@@ -218,31 +185,34 @@ def first_line(error):
     return lines[0]
 
 
-def run(main):
-    """Call main. A UserError becomes one line and its exit status."""
-    try:
-        main()
-    except UserError as error:
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {MEMORY_ADVICE}", file=sys.stderr)
-        sys.exit(1)
-
-
-MEMORY_ADVICE = (
-    "out of memory: train with a smaller --micro-batch, --activation-checkpointing, --lora or more "
-    "GPUs; draw with a smaller --batch-size"
+OUT_OF_MEMORY = (  # what Python, a GPU and the CPU's allocator say
+    *("MemoryError", "OutOfMemoryError"),
+    *("CUDA out of memory", "not enough memory", "can't allocate memory"),
 )
 
 
-def is_out_of_memory(error):
-    """Of Python, of a GPU or of the CPU's allocator."""
-    words = ("CUDA out of memory", "not enough memory", "can't allocate memory")
-    names = ("MemoryError", "OutOfMemoryError")
-    return type(error).__name__ in names or any(word in str(error) for word in words)
+def explain(error):
+    """One line and an exit status, or None where that is not for the user to mend."""
+    command = os.path.basename(sys.argv[0])
+    if isinstance(error, UserError):
+        return f"{command}: {error}", error.status
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if any(words in f"{type(error).__name__}: {error}" for words in OUT_OF_MEMORY):
+        advice = (
+            "train with a smaller --micro-batch, --activation-checkpointing, --lora or more GPUs"
+        )
+        return f"{command}: out of memory: {advice}; draw with a smaller --batch-size", 1
+    return None
+
+
+def run(main):
+    """Call main. What the user can mend becomes one line and an exit status."""
+    try:
+        main()
+    except (Exception, KeyboardInterrupt) as error:
+        said = explain(error)
+        if said is None:
+            raise
+        print(said[0], file=sys.stderr)
+        sys.exit(said[1])

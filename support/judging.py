@@ -1,7 +1,5 @@
 """What eval.py judges: rows of images, judged part by part and kept on disk."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from tqdm import tqdm
 
 import fsdp
 from support import images, judges, protocols, shards
+from support.checkpoint import text_digest
 from support.cli import UserError
 
 
@@ -44,9 +43,8 @@ def folder_source(folder, label=None, most=None):
         return found, bad
 
     stamps = [[str(file), files.stamp(i)] for i, (file, _) in enumerate(entries)]
-    digest = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
     captions = [caption or "" for _, caption in entries]
-    key = {"kind": "folder", "files": digest}
+    key = {"kind": "folder", "files": text_digest(stamps)}
     return Source(label or str(folder), key, captions, len(entries), draw)
 
 
@@ -57,8 +55,7 @@ def judge_source(source, all_judges, setting):
     names = [type(judge).__name__ for judge in all_judges]
     about = {"judges": names, "prompts": source.prompts, "views": list(protocol.views)}
     about |= {"protocol": protocol.about, "batch": batch}
-    key = source.key | judges.about(all_judges) | about
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    digest = text_digest(source.key | judges.about(all_judges) | about)[:16]
     folder = Path(setting.args.out) / "parts" / f"{source.key['kind']}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     count = len(source.prompts)

@@ -109,11 +109,11 @@ def frechet_metric(features, reference, seed):
 # ----------------------------------------------------------------------------- torch-fidelity's
 
 
-def fidelity_or_none():
+def has_fidelity():
     try:
-        return import_fidelity("")
+        return bool(import_fidelity())
     except UserError:
-        return None
+        return False
 
 
 def library_metrics(features, logits, reference):
@@ -212,7 +212,7 @@ def metrics_of(judged, prompts, count, reference, judge, seed):
         if "gaussian" in known:
             title = titles.get(view, f"{view} fid")
             metrics[title] = frechet_metric(features, known["gaussian"], seed)
-        if view == best and fidelity_or_none():
+        if view == best and has_fidelity():
             logits = main.get(f"logits {view}")
             metrics |= library_metrics(features, logits, known.get("features"))
     numbers = [name for name in main if main[name].dim() == 1 and name != "kind"]

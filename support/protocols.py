@@ -1,6 +1,6 @@
 """Protocols of evaluation: which samples, how many, and how they are cut and resized."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -53,9 +53,9 @@ class Protocol:
 
     samples: int
     size: int | None
-    views: dict
-    resize: str
-    about: str
+    views: dict = field(default_factory=lambda: {"whole": None})
+    resize: str = "tensorflow"
+    about: str = ""
     prompts: str = "a file"
     reference: int | None = None
     published: str = ""
@@ -66,8 +66,6 @@ PROTOCOLS = {
     "imagenet64-50k": Protocol(
         samples=50_000,
         size=64,
-        views={"whole": None},
-        resize="tensorflow",
         prompts="labels",
         reference=1_281_167,
         published="one step: DMD2 FID 1.51, 1.28 resumed, 2.61 without a GAN; f-distill (JS) 1.16",
@@ -111,8 +109,6 @@ PROTOCOLS = {
     "world": Protocol(
         samples=750,
         size=64,
-        views={"whole": None},
-        resize="tensorflow",
         prompts="captions",
         about="150 prompts of each category in turn: one object, one on a named colour, two, two "
         "in a relation, two that never occur together in training. A network reads what a sample "
@@ -121,8 +117,6 @@ PROTOCOLS = {
     "emoji-classes": Protocol(
         samples=1000,
         size=16,
-        views={"whole": None},
-        resize="tensorflow",
         prompts="labels",
         about="the ten classes of the embedded class-conditional teacher in turn; judged by their "
         "images",
@@ -130,8 +124,6 @@ PROTOCOLS = {
     "as-is": Protocol(
         samples=1000,
         size=None,
-        views={"whole": None},
-        resize="tensorflow",
         about="images as they are; Inception resizes inside the network",
     ),
 }

@@ -2,20 +2,15 @@
 
 import contextlib
 import hashlib
-import json
+import importlib.metadata
 import math
 import platform
 import sys
 
-import diffusers
-import numpy as np
-import torch
-import transformers
-
 import fsdp
 from support import judges
-from support.metrics import COVERAGE_REPEATS, Metric, fidelity_or_none
-from support.runlog import is_row
+from support.metrics import COVERAGE_REPEATS
+from support.runlog import mean_of, read_rows
 from support.weights import fingerprints
 
 # ----------------------------------------------------------------------------- tables
@@ -23,25 +18,28 @@ from support.weights import fingerprints
 
 def cell(value, error):
     """As many places as the error has two digits of."""
-    if not (error > 0 and math.isfinite(error)):
-        return f"{value:.3f} +-" + ("?" if math.isnan(error) else f"{error:.3f}")
-    places = min(4, max(0, 1 - math.floor(math.log10(error))))
+    if not math.isfinite(error):
+        return f"{value:.3f} +-?"
+    places = min(4, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 3
     return f"{value:.{places}f} +-{error:.{places}f}"
 
 
-def metric_cell(metric):
-    return cell(metric.value, metric.error)
-
-
-def difference_cell(difference):
-    value, error = difference
+def difference_cell(value, error):
     low, high = value - 1.96 * error, value + 1.96 * error
     star = "*" if low > 0 or high < 0 else " "
     return f"{value:+.3g} [{low:.3g}, {high:.3g}]{star}"
 
 
+def numbers(table):
+    """[(label, {name: (value, standard error)}), ...]"""
+    rows = []
+    for label, metrics in table:
+        rows.append((label, {name: (m.value, m.error) for name, m in metrics.items()}))
+    return rows
+
+
 def differences(table):
-    """[(label, {name: (difference to the first row, its standard error)}), ...] of the others."""
+    """The same of the differences to the first row, without it."""
     first = table[0][1]
     rows = []
     for label, metrics in table[1:]:
@@ -51,12 +49,12 @@ def differences(table):
 
 
 def aligned(table, show, width=100):
-    """[(label, {name: entry}), ...] as text, a column a name, in blocks of at most `width`."""
+    """numbers or differences as text, a column a name, in blocks of at most `width`."""
     names = list(dict.fromkeys(name for _, entries in table for name in entries))
     left = max(len(label) for label, _ in table)
     blocks, lines = [], None
     for name in names:
-        cells = [name] + [show(row[name]) if name in row else "-" for _, row in table]
+        cells = [name] + [show(*row[name]) if name in row else "-" for _, row in table]
         wide = max(map(len, cells)) + 2
         if lines is None or len(lines[0]) + wide > width:
             lines = [label.ljust(left) for label in ("", *(label for label, _ in table))]
@@ -74,11 +72,11 @@ def warnings_text(warnings):
 
 
 def versions():
-    packages = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "numpy": np}
-    if fidelity_or_none():
-        packages["torch-fidelity"] = fidelity_or_none()
-    found = {name: package.__version__ for name, package in packages.items()}
-    return {"python": platform.python_version()} | found
+    found = {"python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers", "numpy", "torch-fidelity"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def health_of(path):
@@ -86,18 +84,10 @@ def health_of(path):
     or before that checkpoint; {} for a student that is no run."""
     run = path.parent.parent if path.parent.name == "checkpoints" else path
     last = int(path.name) if run != path else math.inf
-    rows = []
-    if (run / "metrics.jsonl").is_file():
-        for line in (run / "metrics.jsonl").read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):  # a run may be writing its last line
-                rows.append(json.loads(line))
-    rows = [row for row in rows if is_row(row) and row["iteration"] <= last][-50:]
-    means = {}
-    for name in ("mean", "std", "gap", "cosine", "dm", "ca", "logit_accuracy", "fake_loss"):
-        values = [row[name] for row in rows if name in row]
-        if values:
-            means[name] = sum(values) / len(values)
-    return means
+    rows = read_rows(run / "metrics.jsonl", last)
+    names = ("mean", "std", "gap", "cosine", "dm", "ca", "logit_accuracy", "fake_loss")
+    means = {name: mean_of(rows, name, 50) for name in names}
+    return {name: mean for name, mean in means.items() if mean is not None}
 
 
 def health(students):
@@ -111,31 +101,20 @@ def finite(number):
     return number if math.isfinite(number) else None
 
 
-def interval(value, error):
-    return [finite(value - 1.96 * error), finite(value + 1.96 * error)]
-
-
-def json_metric(metric):
-    return {
-        "value": finite(metric.value),
-        "standard_error": finite(metric.error),
-        "interval_95": interval(metric.value, metric.error),
-    }
-
-
 def json_row(label, entries):
     row = {"label": label}
-    for name, entry in entries.items():
-        if isinstance(entry, Metric):
-            row[name] = json_metric(entry)
-        else:
-            row[name] = {"value": finite(entry[0]), "interval_95": interval(*entry)}
+    for name, (value, error) in entries.items():
+        row[name] = {
+            "value": finite(value),
+            "standard_error": finite(error),
+            "interval_95": [finite(value - 1.96 * error), finite(value + 1.96 * error)],
+        }
     return row
 
 
 def as_text(setting, sources, students, table):
     """The table, differences to its first row, the runs' own health, what is published."""
-    text = aligned(table, metric_cell) + warnings_text(setting.warnings)
+    text = aligned(numbers(table), cell) + warnings_text(setting.warnings)
     judged = {source.label for source in sources if source.key["kind"] in ("student", "folder")}
     shown = [(label, own) for label, own in differences(table) if label in judged]
     if shown:
@@ -177,6 +156,6 @@ def as_json(setting, sources, students, table, seconds):
         "left_out": setting.bad,
         "health": health(students),
         "seconds": round(seconds, 1),
-        "rows": [json_row(label, own) for label, own in table],
+        "rows": [json_row(label, own) for label, own in numbers(table)],
         "differences_to_first": [json_row(label, own) for label, own in differences(table)],
     }

@@ -1,8 +1,6 @@
 """What a run is watched by: metrics, health warnings, curves, images, trackers, signals."""
 
 import contextlib
-import functools
-import importlib
 import json
 import math
 import os
@@ -20,44 +18,21 @@ import models
 import sample
 from support import checkpoint, pictures
 from support.checkpoint import explain_failed_write, replace_text
-from support.cli import UserError
+from support.cli import UserError, import_package
 
 LOG_EVERY = 10
 # Where what `vitals` gives stays in a run that goes well, and what to do where it does not. The
 # ranges come from the runs of docs/health.md.
 HEALTHY = {
-    "mean": (
-        *(-0.5, 0.5),
-        "the student's colours drift: try a lower --learning-rate or a higher --fake-updates",
-    ),
-    "std": (
-        *(0.25, 1.3),
-        "below the student goes grey, above it over-saturates: try a lower --guidance or rate",
-    ),
-    "kept std": (
-        *(0.6, math.inf),
-        "its samples have lost much of the contrast that they had: try a lower --learning-rate",
-    ),
-    "gap": (
-        *(0.0, 2.5),
-        "the fake score lags behind: try a higher --fake-updates or a lower --learning-rate",
-    ),
-    "fake loss": (
-        *(0.0, 3.4),
-        "the student outruns the fake score: try a higher --fake-updates or a lower rate",
-    ),
-    "dm share": (
-        *(0.02, 1.0),
-        "guidance moves the student nearly alone: try a higher --fake-learning-rate or --dm-weight",
-    ),
-    "gan share": (
-        *(0.0, 0.5),
-        "the critic moves the student more than the teacher does: try a lower --gan-weight",
-    ),
-    "teacher std": (  # what a model learns is scaled to 1 or less
-        *(0.0, 1.7),
-        "the teacher's own samples are over-saturated: try a lower --guidance",
-    ),
+    "mean": (-0.5, 0.5, "its colours drift: try a lower --learning-rate or higher --fake-updates"),
+    "std": (0.25, 1.3, "grey below, over-saturated above: try a lower --guidance or rate"),
+    "kept std": (0.6, math.inf, "contrast that it had is lost: try a lower --learning-rate"),
+    "gap": (0.0, 2.5, "the fake score lags behind: try a higher --fake-updates or a lower rate"),
+    "fake loss": (0.0, 3.4, "the student outruns it: try a higher --fake-updates or a lower rate"),
+    "dm share": (0.02, 1.0, "guidance acts nearly alone: try a higher --fake-learning-rate"),
+    "gan share": (0.0, 0.5, "the critic outweighs the teacher: try a lower --gan-weight"),
+    # What a model learns is scaled to 1 or less.
+    "teacher std": (0.0, 1.7, "the teacher itself over-saturates: try a lower --guidance"),
 }
 RECENT = 5  # rows that a warning looks at: one odd batch raises no alarm
 COLLAPSED = 10.0  # times the teacher's std: nothing is left to be saved
@@ -78,10 +53,25 @@ def relative(name, value, teacher):
     return (value - teacher["mean"]) / teacher["std"] if name == "mean" else value
 
 
-def mean_of(rows, name):
-    """Of a metric over the last rows that have it, or None."""
-    values = [row[name] for row in rows[-RECENT:] if name in row]
+def mean_of(rows, name, recent=RECENT):
+    """Of a metric over the last rows, or None where none has it."""
+    values = [row[name] for row in rows[-recent:] if name in row]
     return sum(values) / len(values) if values else None
+
+
+def read_rows(path, last=math.inf):
+    """The rows of metrics.jsonl up to an iteration. What is no row, such as a last line that a kill
+    left unfinished, is passed over."""
+    rows, text = [], ""
+    if path.is_file():
+        text = path.read_text(errors="replace")
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            numbers = isinstance(row, dict) and all(type(x) in (int, float) for x in row.values())
+            if numbers and {"iteration", "seconds"} <= row.keys() and row["iteration"] <= last:
+                rows.append(row)
+    return rows
 
 
 def vitals(rows, teacher):
@@ -116,9 +106,13 @@ def unhealthy(rows, teacher, iterations):
     return {name: x for name, x in now.items() if not HEALTHY[name][0] <= x <= HEALTHY[name][1]}
 
 
+def trained_count(module):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
 def describe(nets, sources, args):
     """What is trained, from what, on what, and where it goes."""
-    million = sum(p.numel() for p in nets.student.parameters() if p.requires_grad) / 1e6
+    million = trained_count(nets.student) / 1e6
     on = f"{len(sources.prompts.texts):,} prompts"
     for name, source in (("real samples", sources.real), ("pairs", sources.pairs)):
         if source is not None:
@@ -131,17 +125,7 @@ def describe(nets, sources, args):
 
 def checkpoint_bytes(nets):
     """Of a checkpoint: trained parameters with two moments, and the average."""
-    total = 0
-    for module, copies in ((nets.student, 4), (nets.fake_score, 3)):
-        count = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        total += 4 * copies * count
-    return total
-
-
-def is_row(row):
-    """Whether that is what Log.add writes."""
-    numbers = isinstance(row, dict) and all(type(x) in (int, float) for x in row.values())
-    return numbers and {"iteration", "seconds"} <= row.keys()
+    return 4 * (4 * trained_count(nets.student) + 3 * trained_count(nets.fake_score))
 
 
 def not_finite(out, iteration, error):
@@ -163,21 +147,11 @@ class Log:
         self.teacher = teacher_metrics
         self.warned = set()
         self.waiting = {}  # tensors of this rank since the last row
-        self.rows = fsdp.broadcast_from_main(self.read, iteration)
+        self.rows = fsdp.broadcast_from_main(read_rows, self.path, iteration)
         self.began = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0)
         if fsdp.is_main():
             text = "".join(json.dumps(row) + "\n" for row in self.rows)
             replace_text(self.path, text)
-
-    def read(self, iteration):
-        """The rows up to the checkpoint that the run goes on from."""
-        rows, text = [], ""
-        if self.path.is_file():
-            text = self.path.read_text(errors="replace")
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError):  # a kill may leave the last line unfinished
-                rows.append(json.loads(line))
-        return [row for row in rows if is_row(row) and row["iteration"] <= iteration]
 
     def add(self, iteration, metrics, last=False):
         """Keep an iteration's metrics. Returns a row where one is due, of means over the ranks."""
@@ -275,7 +249,7 @@ class Gallery:
             x = self.draw_teacher(noise, prompts)
             if fsdp.is_main():
                 content = safetensors.torch.save({"x0": x.cpu().contiguous()}, about)
-                checkpoint.replace_file(path, functools.partial(Path.write_bytes, data=content))
+                checkpoint.replace_file(path, lambda partial: partial.write_bytes(content))
         return x.to(noise.device)
 
     def draw_teacher(self, noise, prompts):
@@ -349,14 +323,8 @@ class Tracker:
 
 
 def import_tracker(name):
-    if not name:
-        return None
-    try:
-        return importlib.import_module(name)  # a choice of --track: wandb or trackio
-    except ImportError:
-        raise UserError(
-            f"--track {name} needs a package that is not installed: pip install {name}"
-        ) from None
+    """name: a choice of --track, or None."""
+    return import_package(name, f"--track {name}") if name else None
 
 
 class StopAtSignal:

@@ -24,9 +24,7 @@ def parse_arguments(doc, presets, arguments=None):
     saved = {}
     if resumes:
         saved = read_saved(out, said.variant)
-        flags.checked_flags(saved, out / "config.json")
-        words = flags.saved_as_arguments(saved, doc, out / "config.json")
-        arguments = words + arguments
+        arguments = flags.saved_as_arguments(saved, out / "config.json") + arguments
     args = flags.parse_train(doc, presets, arguments)
     args.out, args.resume = out, resumes
     fsdp.device_and_dtype(args)
@@ -58,66 +56,68 @@ def configuration(args):
     return {name: value for name, value in vars(args).items() if name not in flags.UNSAVED}
 
 
+def refuse(wrong, message):
+    if wrong:
+        raise UserError(message)
+
+
 def check_arguments(args):
     """Flags that do not go together, before anything is loaded."""
     cli.check_choice("--divergence", args.divergence, losses.DIVERGENCES)
     low, high = args.noise_levels
-    if low >= high:
-        raise UserError(f"argument --noise-levels: {low} is not below {high}")
+    refuse(low >= high, f"argument --noise-levels: {low} is not below {high}")
     if args.lora or args.fake_lora:
         students.check_peft("--lora" if args.lora else "--fake-lora")
-        if args.init:
-            raise UserError(
-                "--init begins with whole weights, --lora and --fake-lora with the teacher's: "
-                "use one"
-            )
+        refuse(args.init, "--init begins with whole weights, LoRAs with the teacher's: use one")
     fake_lora = args.lora if args.fake_lora is None else args.fake_lora
-    if args.ida < 1 and args.lora != fake_lora:
-        raise UserError(
-            "--ida mixes student and fake score: both are whole, or LoRAs of one rank (--lora, "
-            "--fake-lora)"
-        )
-    if args.random_steps and args.student_input == "data":
-        raise UserError(
-            "--random-steps draws the timesteps of the student's own sampler: it needs "
-            "--student-input backward"
-        )
-    if args.off_trajectory > 0 and args.student_input == "data":
-        raise UserError(
-            "--off-trajectory leaves the trajectory of the student's own sampler: it needs "
-            "--student-input backward"
-        )
-    if args.first_step_weight > 0:
-        simulated = args.student_input == "backward" and not args.random_steps
-        if args.student_steps < 2 or not simulated:
-            raise UserError(
-                "--first-step-weight is of the first of the student's own steps: it needs "
-                "--student-steps 2 or more, --student-input backward and no --random-steps"
-            )
-    if args.r1_weight > 0 and args.gan_weight == 0:
-        raise UserError("--r1-weight is of the GAN's critic: it needs a --gan-weight above 0")
-    if args.divergence != "reverse-kl" and args.gan_weight == 0:
-        raise UserError(
-            f"--divergence {args.divergence} reads the density ratio off the GAN's head: it needs "
-            "a --gan-weight above 0"
-        )
-    if args.regression_weight > 0 and not args.pairs:
-        model = f" --model {args.model}" if args.model else ""
-        guidance = f" --guidance {args.guidance:g}" if args.guidance else ""
-        raise UserError(
-            "--regression-weight needs noise-image pairs: make them by `python data.py pairs --out "
-            f"DIR{model}{guidance}` and name them by --pairs DIR, or leave the "
-            "regression out by --regression-weight 0"
-        )
-    weights = ("dm", "ca", "gan", "regression", "mean_variance")
-    if not any(getattr(args, f"{name}_weight") for name in weights):
-        listed = ", ".join(f"--{name.replace('_', '-')}-weight" for name in weights)
-        raise UserError(f"nothing moves the student: {listed} are all 0")
-    if args.student_input == "data" and args.first_timestep is not None:
-        raise UserError(
-            "--student-input data does not go with --first-timestep: at its first timestep the "
-            "student is given pure noise when it draws, and noised real data are something else"
-        )
+    refuse(
+        args.ida < 1 and args.lora != fake_lora,
+        "--ida mixes student and fake score: both are whole, or LoRAs of one rank (--lora, "
+        "--fake-lora)",
+    )
+    on_data = args.student_input == "data"
+    refuse(
+        args.random_steps and on_data,
+        "--random-steps draws the timesteps of the student's own sampler: it needs "
+        "--student-input backward",
+    )
+    refuse(
+        args.off_trajectory > 0 and on_data,
+        "--off-trajectory leaves the trajectory of the student's own sampler: it needs "
+        "--student-input backward",
+    )
+    refuse(
+        args.first_step_weight > 0 and (args.student_steps < 2 or on_data or args.random_steps),
+        "--first-step-weight is of the first of the student's own steps: it needs "
+        "--student-steps 2 or more, --student-input backward and no --random-steps",
+    )
+    refuse(
+        args.r1_weight > 0 and args.gan_weight == 0,
+        "--r1-weight is of the GAN's critic: it needs a --gan-weight above 0",
+    )
+    refuse(
+        args.divergence != "reverse-kl" and args.gan_weight == 0,
+        f"--divergence {args.divergence} reads the density ratio off the GAN's head: it needs "
+        "a --gan-weight above 0",
+    )
+    model = f" --model {args.model}" if args.model else ""
+    guidance = f" --guidance {args.guidance:g}" if args.guidance else ""
+    refuse(
+        args.regression_weight > 0 and not args.pairs,
+        "--regression-weight needs noise-image pairs: make them by `python data.py pairs --out "
+        f"DIR{model}{guidance}` and name them by --pairs DIR, or use --regression-weight 0",
+    )
+    terms = ("dm", "ca", "gan", "regression", "mean_variance")
+    refuse(
+        not any(getattr(args, f"{term}_weight") for term in terms),
+        "nothing moves the student: --dm-weight, --ca-weight, --gan-weight, --regression-weight "
+        "and --mean-variance-weight are all 0",
+    )
+    refuse(
+        on_data and args.first_timestep is not None,
+        "--student-input data does not go with --first-timestep: at its first timestep the "
+        "student is given pure noise when it draws, and noised real data are something else",
+    )
     if args.schedule != "coupled" and args.guidance == 1:
         fsdp.print_main(
             f"warning: --schedule {args.schedule} with --guidance 1: without guidance CA is 0, and "

@@ -13,40 +13,23 @@ checksums of weights included. eval.py finds every file of this folder.
 
 import ast
 import importlib
-from abc import ABC, abstractmethod
 from pathlib import Path
 
 
-class OwnJudge(ABC):
+class OwnJudge:
     """A judge of an embedded set, which knows the set's real images. Of each image it says besides
-    "features layout" its "kind": a number, -1 where it is not what the prompt says."""
+    "features layout" its "kind": a number, -1 where it is not what the prompt says. It has
+
+    prompts(count, seed)       the prompts of an evaluation
+    check(prompt)              raises UserError where nothing in the set is right for a prompt
+    kinds(prompt)              how many kinds of images are right for a prompt
+    real(prompts, seed)        real images (N, 3, size, size) in [0, 1] of prompts
+    reference()                features of many real images
+    metrics(right, prompts)    {name: Metric} of what is right (N,), bool, of the prompts
+    """
 
     about = {}
     open_prompts = ()  # prompts that many kinds of images fit, by which coverage is measured
-
-    @abstractmethod
-    def prompts(self, count, seed):
-        """The prompts of an evaluation."""
-
-    @abstractmethod
-    def check(self, prompt):
-        """Raises UserError where nothing in the set is right for a prompt."""
-
-    @abstractmethod
-    def kinds(self, prompt):
-        """How many kinds of images are right for a prompt."""
-
-    @abstractmethod
-    def real(self, prompts, seed):
-        """Real images (N, 3, size, size) in [0, 1] of prompts."""
-
-    @abstractmethod
-    def reference(self):
-        """Features of many real images."""
-
-    @abstractmethod
-    def metrics(self, right, prompts):
-        """{name: Metric} of what is right (N,), bool, of the prompts."""
 
 
 def files():

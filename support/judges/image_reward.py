@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from support.cli import UserError, first_line
+from support.cli import UserError, first_line, import_package
 from support.pictures import to_pil
 from support.weights import fingerprint
 
@@ -24,14 +24,8 @@ class ImageReward:
     captions_needed = True
 
     def __init__(self, path, device):
-        try:
-            import ImageReward as package
-        except ImportError as error:
-            raise UserError(
-                "--image-reward needs a package that is not installed or cannot be imported "
-                f"({first_line(error)}): pip install image-reward, which itself needs OpenAI's "
-                "clip and a transformers before 5"
-            ) from None
+        needed = "image-reward, OpenAI's clip and a transformers before 5"
+        package = import_package("ImageReward", self.flag, needed)
         config = Path(path).parent / "med_config.json"
         beside = str(config) if Path(path).is_file() and config.is_file() else None
         try:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from support.checkpoint import file_digest
-from support.cli import UserError, first_line
+from support.cli import UserError, first_line, import_package
 from support.protocols import clean_resize
 from support.weights import read_weights
 
@@ -24,25 +24,15 @@ URL = (
 )
 
 
-def import_fidelity(what):
-    try:
-        import torch_fidelity.feature_extractor_inceptionv3
-
-        return torch_fidelity
-    except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch
-        trouble = f"cannot be imported ({first_line(error)})"
-        if isinstance(error, ModuleNotFoundError):
-            trouble = "is not installed"
-        raise UserError(
-            f"{what} needs a package that {trouble}: pip install torch-fidelity torchvision"
-        ) from None
+def import_fidelity():
+    return import_package("torch_fidelity", "--inception", "torch-fidelity torchvision")
 
 
 class Inception:
     """2,048 features and 1,008 logits of torch-fidelity's network: TensorFlow's to rounding."""
 
     def __init__(self, path, resize, device):
-        fidelity = import_fidelity("--inception")
+        make = import_fidelity().feature_extractor_inceptionv3.FeatureExtractorInceptionV3
         path = Path(path)
         if not path.is_file():
             raise UserError(
@@ -50,7 +40,6 @@ class Inception:
                 f"--inception {Path(URL).name}"
             )
         read_weights(path, "the Inception network")  # torch-fidelity would execute what is in it
-        make = fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3
         layers = ["2048", "logits_unbiased"]
         try:
             network = make("inception-v3-compat", layers, feature_extractor_weights_path=str(path))

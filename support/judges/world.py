@@ -5,7 +5,7 @@ lab/make_judge.py trains the network and says how often it is right about real s
 """
 
 import functools
-from dataclasses import dataclass
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -112,27 +112,14 @@ def kind_of(found, colour):
     return 4 * number + 2 * (y > (CELLS - 1) / 2) + (x > (CELLS - 1) / 2)
 
 
-@dataclass(frozen=True)
-class Category:
-    """Of prompts: what draw_prompt is asked for, and the share of prompts that name a colour."""
-
-    name: str
-    alone: float
-    coloured: float = 0.0
-    unseen: bool = False
-    relations: tuple = world.RELATIONS
-
-    def prompt(self, u):
-        return world.draw_prompt(u, self.alone, self.coloured, self.unseen, self.relations)
-
-
-CATEGORIES = (
-    Category("single", alone=1.0),
-    Category("colour", alone=1.0, coloured=1.0),
-    Category("two", alone=0.0, relations=("and",)),
-    Category("position", alone=0.0, relations=("left of", "above")),
-    Category("unseen", alone=0.0, unseen=True, relations=("and",)),
-)
+# Of prompts, and how world.draw_prompt draws them.
+CATEGORIES = {
+    "single": {"alone": 1.0, "coloured": 0.0},
+    "colour": {"alone": 1.0, "coloured": 1.0},
+    "two": {"alone": 0.0, "coloured": 0.0, "relations": ("and",)},
+    "position": {"alone": 0.0, "coloured": 0.0, "relations": ("left of", "above")},
+    "unseen": {"alone": 0.0, "coloured": 0.0, "relations": ("and",), "unseen": True},
+}
 
 
 def category_of(prompt):
@@ -169,10 +156,8 @@ class WorldJudge(OwnJudge):
         """A fifth of each category, in turn."""
         generator = torch.Generator().manual_seed(seed)
         u = torch.rand(count, 6, generator=generator).tolist()
-        made = []
-        for i, u_i in enumerate(u):
-            made.append(str(CATEGORIES[i % len(CATEGORIES)].prompt(u_i)))
-        return made
+        options = itertools.cycle(CATEGORIES.values())
+        return [str(world.draw_prompt(u_i, **own)) for u_i, own in zip(u, options)]
 
     def check(self, prompt):
         world.read_prompt(prompt)
