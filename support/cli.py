@@ -155,26 +155,20 @@ def check_choice(flag, value, choices):
         raise UserError(f"argument {flag}: {value!r} is not one of {', '.join(choices)}{hint}")
 
 
-def import_package(name, what):
-    """An optional module. what: the flag or file that needs it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.split(".")[0]
-        message = f"{what} needs a package that is not installed: pip install {package}"
-        raise UserError(message) from None
-
-
 # ----------------------------------------------------------------------------- running
 
 
-def import_package(name, flag, install=None):
-    """A package that this flag alone needs."""
+def import_package(name, needed_by, install=None):
+    """An optional package, or a module of it. needed_by: a flag or a file. install: what pip
+    installs (default: the package)."""
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:  # the latter of one that does not fit another
-        install = install or name
-        raise UserError(f"{flag} needs pip install {install} ({first_line(error)})") from None
+        install = install or name.partition(".")[0]
+        raise UserError(
+            f"{needed_by} needs a package that is not installed: pip install {install} "
+            f"({first_line(error)})"
+        ) from None
 
 
 def first_line(error):
