@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import fsdp
+import losses
 import models
 import sample
 from support import checkpoint, pictures
@@ -28,7 +29,7 @@ HEALTHY = {
     "std": (0.25, 1.3, "grey below, over-saturated above: try a lower --guidance or rate"),
     "kept std": (0.6, math.inf, "contrast that it had is lost: try a lower --learning-rate"),
     "gap": (0.0, 2.5, "the fake score lags behind: try a higher --fake-updates or a lower rate"),
-    "fake loss": (0.0, 3.4, "the student outruns it: try a higher --fake-updates or a lower rate"),
+    "fake loss": (0.0, 3.8, "the student outruns it: try a higher --fake-updates or a lower rate"),
     "dm share": (0.02, 1.0, "guidance acts nearly alone: try a higher --fake-learning-rate"),
     "gan share": (0.0, 0.5, "the critic outweighs the teacher: try a lower --gan-weight"),
     # What a model learns is scaled to 1 or less.
@@ -85,8 +86,9 @@ def vitals(rows, teacher):
             found[name] = relative(name, value, teacher)
     if "std" in found:
         found["kept std"] = mean_of(rows, "std") / max(row["std"] for row in rows if "std" in row)
-    if "fake_loss" in rows[0]:
-        found["fake loss"] = mean_of(rows, "fake_loss") / max(rows[0]["fake_loss"], 1e-12)
+    fake_loss = mean_of(rows, "fake_loss")
+    if fake_loss is not None:
+        found["fake loss"] = fake_loss / max(rows[0]["fake_loss"], 1e-12)
     dm, ca = mean_of(rows, "dm") or 0, mean_of(rows, "ca") or 0
     if dm + ca > 0:
         found["dm share"] = dm / (dm + ca)
@@ -98,10 +100,11 @@ def vitals(rows, teacher):
 def unhealthy(rows, teacher, iterations):
     """{name: value} of the vitals that are out of range, in a run of so many iterations. Its start
     tells nothing: a fake score that begins as the teacher has no DM yet."""
-    if len(rows) < 3:
+    done = rows[-1]["iteration"]
+    if done < 3 * LOG_EVERY:
         return {}
     now = vitals(rows, teacher)
-    if len(rows) < RECENT or rows[-1]["iteration"] < iterations / 10:
+    if done < max(RECENT * LOG_EVERY, iterations / 10):
         now.pop("dm share", None)
     return {name: x for name, x in now.items() if not HEALTHY[name][0] <= x <= HEALTHY[name][1]}
 
@@ -210,6 +213,7 @@ class Log:
         pictures.draw_curves(curves, self.path.parent / "curves.png")
 
 
+LOSS_LEVELS = 8  # timesteps that the fake score's first loss is read at
 PATIENCE = 60  # seconds that a run draws its teacher's samples for
 
 
@@ -272,8 +276,7 @@ class Gallery:
         nets, model = self.nets, self.nets.model
         if not model.decodes:
             return None
-        student = sample.StudentSampler(nets.averaged_student, nets.timesteps)
-        x = sample.draw_in_batches(student, self.noise, self.cond, self.batch)
+        student, x = self.student_samples()
         t = len(nets.schedule) // 2
         x0_real, x0_fake = self.read_at(x, t)
         path = self.folder / f"{iteration:06d}.png"
@@ -286,6 +289,23 @@ class Gallery:
             ]
             pictures.draw_grid(rows, [model.caption(prompt) for prompt in self.prompts], path)
         return path
+
+    def student_samples(self):
+        student = sample.StudentSampler(self.nets.averaged_student, self.nets.timesteps)
+        return student, sample.draw_in_batches(student, self.noise, self.cond, self.batch)
+
+    def fake_loss(self):
+        """The fake score's loss on the student's samples, a mean over evenly spaced timesteps."""
+        schedule, prediction = self.nets.schedule, self.nets.model.prediction
+        _, x = self.student_samples()
+        total, T = 0, len(schedule)
+        for i in range(LOSS_LEVELS):
+            t = (2 * i + 1) * T // (2 * LOSS_LEVELS)
+            _, x0_fake = self.read_at(x, t)
+            alpha, sigma = schedule.at(torch.tensor([t], device=x.device), x)
+            weight = losses.denoising_weight(prediction, alpha, sigma)
+            total = total + losses.denoising_loss(x0_fake, x, weight).mean()
+        return total / LOSS_LEVELS
 
     @torch.no_grad()
     def read_at(self, x, t):
