@@ -328,20 +328,24 @@ class Pairs(Shards):
     """Noise and what the teacher's deterministic sampler makes of it."""
 
     def __init__(self, folder, model, guidance):
-        norm = model.guidance_norm
-        how = f"--guidance {guidance:g} --guidance-norm {norm}"
-        command = f"python data.py pairs --out {folder} --model {model.name} {how}"
+        command = (
+            f"python data.py pairs --out {folder} --model {model.name} --guidance {guidance:g}"
+        )
         made_by = fingerprint(model.origin)
         names = ("noise", "x0")
         super().__init__(folder, names, "noise-image pairs", model, made_by, command)
-        saved = {"guidance": 0, "guidance_norm": "none"} | self.config
-        for name, wanted in (("guidance", guidance), ("guidance_norm", norm)):
-            if saved[name] != wanted:
-                flag = name.replace("_", "-")
-                raise UserError(
-                    f"the pairs in {folder} were made with --{flag} {saved[name]}, the run has "
-                    f"{wanted}: make others with {command}"
-                )
+        made_with = self.config.get("guidance", 0)
+        if made_with != guidance:
+            raise UserError(
+                f"the pairs in {folder} were made with guidance {made_with:g}, the run has "
+                f"{guidance:g}: make others with {command}"
+            )
+        norm = self.config.get("guidance_norm", "none")
+        if norm != model.guidance_norm:
+            raise UserError(
+                f"the pairs in {folder} were made with --guidance-norm {norm}, the run has "
+                f"{model.guidance_norm}: name the same in both"
+            )
 
 
 class Latents(Shards):
