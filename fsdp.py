@@ -208,11 +208,9 @@ def reduce_gradients(module, now):
         module.set_requires_gradient_sync(now)
 
 
-def full_state(module, trained_only=False):
+def full_state(module):
     """The module's state_dict, unsharded and on the CPU, for the main rank; {} for the others."""
-    options = StateDictOptions(
-        full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only
-    )
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(module, options=options)
     return {name: tensor.contiguous() for name, tensor in state.items()}
 

@@ -296,11 +296,12 @@ def load(folder, tensors):
         reader = dcp.HuggingFaceStorageReader(str(folder))
         saved = reader.read_metadata().state_dict_metadata
         for name, tensor in tensors.items():
-            if name not in saved:
-                raise UserError(f"the checkpoint {folder} does not fit this run: it has no {name}")
-            if saved[name].size != tensor.shape:
-                sizes = f"{name} is {tuple(saved[name].size)}, not {tuple(tensor.shape)}"
-                raise UserError(f"the checkpoint {folder} does not fit this run: {sizes}")
+            found = tuple(saved[name].size) if name in saved else "not there"
+            if found != tuple(tensor.shape):
+                raise UserError(
+                    f"the checkpoint {folder} does not fit this run: {name} is {found}, and should "
+                    f"be {tuple(tensor.shape)}"
+                )
         dcp.load(tensors, storage_reader=reader)
     except (
         CheckpointException,

@@ -175,14 +175,7 @@ def add_optimisation_flags(group):
 def add_run_flags(group):
     add = functools.partial(add_flag, group)
     add("--out", "DIR", None, "run directory (default: runs/VARIANT)")
-    add(
-        "--resume",
-        "DIR",
-        None,
-        "go on with the run in DIR, or in --out, with its flags; other flags override them",
-        nargs="?",
-        const="",
-    )
+    add("--resume", "DIR", None, "go on with a run, with its flags; other flags override them")
     add("--init", "PATH", None, "begin with the weights of a run (fake score too) or of a student")
     add("--seed", natural, 0, "everything random follows from it")
     add_device_flags(group, "float32", "bfloat16", default=None)
@@ -203,7 +196,7 @@ def add_run_flags(group):
 def announce_train(args):
     """One line, printed before anything slow is imported."""
     out = args.resume or args.out or f"runs/{args.variant}"
-    if args.resume is not None:
+    if args.resume:
         return f"going on with {out}; loading"
     return (
         f"{args.variant}: teacher {args.model or 'world'}, {args.iterations} iterations of "
@@ -269,6 +262,7 @@ def add_student_flags(parser):
         "run, checkpoint, network directory, file of a UNet's weights (.safetensors, .bin, "
         f".pt) or LoRA file (default {DEFAULT_RUN})",
     )
+    add("--compare", "PATH", None, "several students, or checkpoints of a run", nargs="+")
     add("--model", "PATH", None, "the teacher (default: the one that the run names)")
     add_teacher_flags(parser)
     add(
@@ -292,7 +286,6 @@ def sample_parser(doc):
     add_student_flags(parser)
     add = functools.partial(add_flag, parser)
     add("--prompts", "PROMPT", None, "in quotes, or one file of them, as for train.py", nargs="+")
-    add("--compare", "PATH", None, "several students, in place of --student", nargs="+")
     add("--out", "FILE", "samples.png", "the grid of all rows")
     add("--images", "DIR", None, "also each image as a PNG, with how it was made in its metadata")
     add("--batch-size", positive, 8, "samples drawn at once")
@@ -303,7 +296,6 @@ def eval_parser(doc):
     parser = cli.Parser(doc)
     add_student_flags(parser)
     add = functools.partial(add_flag, parser)
-    add("--compare", "PATH", None, "several students, or checkpoints of a run", nargs="+")
     parser.add_argument("--teacher-only", action="store_true", help="no student is needed")
     parser.add_argument(
         "--no-teacher",

@@ -332,10 +332,8 @@ class Tracker:
 
     def log(self, iteration, row, image=None):
         if self.package:
-            metrics = {key: value for key, value in row.items() if key != "iteration"}
-            if image:
-                metrics["images"] = self.package.Image(str(image))
-            self.package.log(metrics, step=iteration)
+            images = {"images": self.package.Image(str(image))} if image else {}
+            self.package.log(row | images, step=iteration)
 
     def finish(self):
         if self.package:

@@ -32,7 +32,7 @@ class Inception:
     """2,048 features and 1,008 logits of torch-fidelity's network: TensorFlow's to rounding."""
 
     def __init__(self, path, resize, device):
-        make = import_fidelity().feature_extractor_inceptionv3.FeatureExtractorInceptionV3
+        make = import_fidelity().FeatureExtractorInceptionV3
         path = Path(path)
         if not path.is_file():
             raise UserError(
