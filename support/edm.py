@@ -7,6 +7,7 @@ The released pickle is read without executing anything in it.
 
 import collections
 import difflib
+import functools
 import io
 import pickle
 import re
@@ -268,19 +269,25 @@ class Float32Linear(torch.nn.Linear):
             return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
-class UNet2DModel(diffusers.UNet2DModel):
-    """diffusers casts the sinusoids of time to `dtype`. In bfloat16 the embedding's error would be
-    several times the step between two of the 1,000 noise levels."""
+@functools.cache
+def network_class():
+    """A class that is made when it is asked for: diffusers takes three seconds to import its own."""
 
-    @property
-    def dtype(self):
-        return torch.float32
+    class UNet2DModel(diffusers.UNet2DModel):
+        """diffusers casts the sinusoids of time to `dtype`. In bfloat16 the embedding's error would
+        be several times the step between two of the 1,000 noise levels."""
+
+        @property
+        def dtype(self):
+            return torch.float32
+
+    return UNet2DModel
 
 
 def prepare_network(network):
     """The network with EDM's numbers of groups, min(32, channels / 4) a layer where diffusers has
     one number for all, and with its embedding of time in float32."""
-    network.__class__ = UNet2DModel
+    network.__class__ = network_class()
     for name, module in network.named_modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.num_groups = min(32, module.num_channels // 4)
