@@ -271,7 +271,7 @@ class Float32Linear(torch.nn.Linear):
 
 @functools.cache
 def network_class():
-    """A class that is made when it is asked for: diffusers takes three seconds to import its own."""
+    """Made when it is asked for: diffusers takes three seconds to import its own."""
 
     class UNet2DModel(diffusers.UNet2DModel):
         """diffusers casts the sinusoids of time to `dtype`. In bfloat16 the embedding's error would
