@@ -91,7 +91,6 @@ def test_a_run_is_watched(tmp_path):
 # Which spoilt runs of docs/health.md no warning tells from healthy ones.
 UNSEEN = {
     "noised real data",
-    "no warm-up",
     "a fake score unlike the teacher",
 }
 
