@@ -268,7 +268,7 @@ def load_model(path, device="cpu", dtype=torch.float32, **options):
 
 def measure(mixture, x, label, x_target):
     """Metrics of samples x (N, 2) with label (N,) against target samples x_target (N, 2) with the
-    same labels; each is the mean over the labels, whose own metrics are in `per_label`.
+    same labels; each is the mean over the labels.
 
         mass      total variation distance between the weights of the label's modes and the shares
                   of samples nearest to each
@@ -279,7 +279,7 @@ def measure(mixture, x, label, x_target):
                   estimates judged on a tenth of the samples; each sample's part is cut at 20)
         deviation root mean square distance of the label's samples from the label's target mean
     """
-    per_label = {}
+    rows = []
     for k in range(LABELS):
         own, target = x[label == k], x_target[label == k]
         mine = mixture.labels == k
@@ -289,7 +289,7 @@ def measure(mixture, x, label, x_target):
         near = nearest.values < 3
         hits = torch.bincount(nearest.indices[near], minlength=len(share)) / len(own)
         shares = torch.bincount(nearest.indices, minlength=len(share)) / len(own)
-        per_label[k] = {
+        row = {
             "mass": 0.5 * (shares - share).abs().sum().item(),
             "modes": (hits >= 0.1 * share).float().mean().item(),
             "near": near.float().mean().item(),
@@ -297,8 +297,8 @@ def measure(mixture, x, label, x_target):
             "kl": kernel_kl(own, target),
             "deviation": (own - target.mean(0)).square().sum(1).mean().sqrt().item(),
         }
-    metrics = {name: sum(row[name] for row in per_label.values()) / LABELS for name in per_label[0]}
-    return metrics | {"per_label": per_label}
+        rows.append(row)
+    return {name: sum(row[name] for row in rows) / LABELS for name in row}
 
 
 def mean_and_error(values):
@@ -325,30 +325,6 @@ def kernel_kl(a, b, width=0.1):
         return exponent.logsumexp(1) - math.log(len(points))
 
     return (log_density(rest) - log_density(b)).clamp(max=20).mean().item()
-
-
-def table_of(model, samplers, guidance, seed, repeats=4, count=4096):
-    """[(label, {metric: (mean, standard error)}), ...] of samplers, over repeats with other noise;
-    the last row is of other samples of the target."""
-    label = torch.arange(count, device=model.device) % LABELS
-    cond = {"class_labels": label}
-    steps = max(sampler.noises for sampler in samplers)
-    measured = {}
-    for repeat in range(repeats):
-        generator = torch.Generator().manual_seed(seed + repeat)
-        noise = torch.randn(steps, count, *model.sample_shape, generator=generator)
-        target, again = (model.target(label, guidance, generator) for _ in range(2))
-        drawn = {}
-        for sampler in samplers:
-            title = sampler.label.replace("\n", ", ")
-            drawn[title] = sampler.draw(noise.to(model.device), cond)[..., 0, 0]
-        for title, x in (drawn | {"target": again}).items():
-            measured.setdefault(title, []).append(measure(model.mixture, x, label, target))
-    table = []
-    for title, rows in measured.items():
-        names = [name for name in rows[0] if name != "per_label"]
-        table.append((title, {name: mean_and_error([row[name] for row in rows]) for name in names}))
-    return table
 
 
 # ----------------------------------------------------------------------------- images
@@ -449,19 +425,34 @@ class Gallery:
 # ----------------------------------------------------------------------------- command line
 
 
-def print_table(nets, args):
-    """The student beside its teacher, and the network it started as."""
+def print_table(nets, args, repeats=4, count=4096):
+    """The student beside its teacher, the network it started as, and other samples of the target:
+    means and standard errors over repeats with other noise."""
     model, steps = nets.model, nets.timesteps
     samplers = [
         sample.TeacherSampler(model, 50, args.guidance),
         sample.StudentSampler(model.origin, steps, "untrained network"),
         sample.StudentSampler(nets.averaged_student, steps),
     ]
-    table = table_of(model, samplers, args.guidance, args.seed)
-    lines = [" " * 30 + "".join(f"{name:>17}" for name in table[0][1])]
-    for title, metrics in table:
-        cells = (f"{mean:.3f} +- {error:.3f}" for mean, error in metrics.values())
-        lines.append(f"{title:30}" + "".join(f"{cell:>17}" for cell in cells))
+    label = torch.arange(count, device=model.device) % LABELS
+    measured = {}
+    for repeat in range(repeats):
+        generator = torch.Generator().manual_seed(args.seed + repeat)
+        noise = torch.randn(len(steps), count, *model.sample_shape, generator=generator)
+        target, again = (model.target(label, args.guidance, generator) for _ in range(2))
+        drawn = {}
+        for sampler in samplers:
+            x = sampler.draw(noise.to(model.device), {"class_labels": label})
+            drawn[sampler.label.replace("\n", ", ")] = x[..., 0, 0]
+        for title, x in (drawn | {"target": again}).items():
+            measured.setdefault(title, []).append(measure(model.mixture, x, label, target))
+    lines = [" " * 30 + "".join(f"{name:>17}" for name in measured["target"][0])]
+    for title, rows in measured.items():
+        line = f"{title:30}"
+        for name in rows[0]:
+            mean, error = mean_and_error([row[name] for row in rows])
+            line += f"{f'{mean:.3f} +- {error:.3f}':>17}"
+        lines.append(line)
     fsdp.print_main("\n".join(lines))
 
 
