@@ -10,6 +10,7 @@ The run is f-distill on the plane (lab/plane.py): it has a head, running means o
 optimizers and an average to lose.
 """
 
+import multiprocessing
 import os
 import random
 import re
@@ -34,88 +35,67 @@ from support import checkpoint, cli
 from support.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN = [
-    "--variant",
-    "fdistill",
-    "--gan-weight",
-    "0.005",
-    "--batch-size",
-    "8",
-    "--fake-updates",
-    "2",
-    "--warmup",
-    "0",
-    "--save-every",
-    "1",
-]
+RUN = (
+    "--variant fdistill --gan-weight 0.005 --batch-size 8 --fake-updates 2 --warmup 0 "
+    "--save-every 1"
+)
 
 
 # ----------------------------------------------------------------------------- runs
 
 
-def fork(main, flags, log, processes=0, nodes=1, before=None):
+def start(main, flags, log, processes=0, nodes=1, before=None):
     """A command's main with these flags in forked processes, as a launcher would start them, or
-    plainly if processes is 0. Returns their pids. Forking saves importing all, and fitting the
-    plane's network if this process has done so."""
+    plainly if processes is 0. Forking saves importing all, and fitting the plane's network if this
+    process has done so."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     Path(log).write_bytes(b"")
-    pids = []
+    children, in_node = [], processes // nodes
     for rank in range(max(processes, 1)):
-        pid = os.fork()
-        if pid == 0:
-            if processes:
-                set_launcher_variables(rank, processes, nodes, port)
-            run_child(main, flags, log, before)
-        pids.append(pid)
-    return pids
+        variables = {}
+        if processes:
+            variables = {"RANK": rank, "LOCAL_RANK": rank % in_node, "WORLD_SIZE": processes}
+            variables |= {"LOCAL_WORLD_SIZE": in_node}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        arguments = (main, flags, log, variables, before)
+        child = multiprocessing.get_context("fork").Process(target=run_child, args=arguments)
+        child.start()
+        children.append(child)
+    return children
 
 
-def set_launcher_variables(rank, processes, nodes, port):
-    in_node = processes // nodes
-    values = {"RANK": rank, "LOCAL_RANK": rank % in_node, "WORLD_SIZE": processes}
-    values |= {"LOCAL_WORLD_SIZE": in_node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in values.items()}
-
-
-def run_child(main, flags, log, before):
-    """The life of a forked process: never returns."""
+def run_child(main, flags, log, variables, before):
+    os.environ |= {name: str(value) for name, value in variables.items()}
     stream = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     sys.argv = [f"{main.__module__}.py", *map(str, flags)]
-    status = 1
-    try:
-        if before:
-            before()
-        fsdp.run(main)
-        status = 0
-    except SystemExit as end:
-        status = end.code or 0
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    if before:
+        before()
+    fsdp.run(main)
 
 
-def wait_for(pids):
+def wait_for(children):
     """Their exit statuses; minus the signal for one that was killed."""
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children]
 
 
 def on_ranks(main, log, *flags, processes=2, **launch):
     """([exit statuses], what was printed) of a command that so many ranks run together."""
-    statuses = wait_for(fork(main, flags, log, processes=processes, **launch))
+    statuses = wait_for(start(main, flags, log, processes=processes, **launch))
     return statuses, Path(log).read_text()
 
 
 def train_tiny(out, *flags, processes=0, before=None):
     """(exit status of the first process, what was printed)"""
     log = out.parent / f"{out.name}.log"
-    flags = flags if "--resume" in flags else [*RUN, "--out", out, *flags]
+    flags = flags if "--resume" in flags else [*RUN.split(), "--out", out, *flags]
     statuses, printed = on_ranks(plane.main, log, *flags, processes=processes, before=before)
     return statuses[0], printed
 
@@ -165,18 +145,18 @@ def verdict(good):
 def kill(work, kills=50, processes=0, iterations=30, seed=0):
     numbers = random.Random(seed)
     reference, out = work / f"undisturbed-{processes}", work / f"killed-{processes}"
-    start = time.perf_counter()
+    begun = time.perf_counter()
     undisturbed(reference, iterations, processes=processes)
-    duration, rows = time.perf_counter() - start, []
+    duration, rows = time.perf_counter() - begun, []
     for _ in range(kills):
         shutil.rmtree(out, ignore_errors=True)
         moment = numbers.uniform(0, duration)
-        flags = [*RUN, "--iterations", iterations, "--out", out]
-        pids = fork(plane.main, flags, work / "killed.log", processes)
+        flags = [*RUN.split(), "--iterations", iterations, "--out", out]
+        children = start(plane.main, flags, work / "killed.log", processes)
         time.sleep(moment)
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        wait_for(pids)
+        for child in children:
+            child.kill()
+        wait_for(children)
         whole = [int(folder.name) for folder in checkpoint.complete_checkpoints(out)]
         saving = any((out / "checkpoints").glob("*.partial"))
         again = ["--resume", out]
@@ -261,40 +241,36 @@ def plant(kind, rank=1, iteration=3):
     train.iterate = spoiled_iterate
 
 
-def torchrun(*arguments, processes=2, restarts=0):
-    """(exit status, what was printed)"""
+def torchrun(*arguments, restarts=0):
+    """(exit status, what was printed) of a command on two ranks"""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
-    done = subprocess.run(
-        [*command, *map(str, arguments)],
-        cwd=ROOT,
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    command += ["--nproc_per_node=2", f"--max-restarts={restarts}", *map(str, arguments)]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, cwd=ROOT, check=False, **output)
     return done.returncode, done.stdout
 
 
-def rank(work):
-    says = {
-        "nan": "is not finite",
-        "exception": "ValueError: planted",
-        "kill": "Signal 9",
-        "hang": "Timed out|lost|closed",
-    }
+SAYS = {  # planted -> what is printed
+    "nan": "is not finite",
+    "exception": "ValueError: planted",
+    "kill": "Signal 9",
+    "hang": "Timed out|lost|closed",
+}
+
+
+def rank(work, cases=(*((kind, 0) for kind in SAYS), ("kill", 1))):
+    """cases: what is planted, and how many restarts are allowed."""
     rows = []
-    for kind, restarts in (*((kind, 0) for kind in says), ("kill", 1)):
-        start, out = time.perf_counter(), work / f"planted-{kind}-{restarts}"
+    for kind, restarts in cases:
+        begun, out = time.perf_counter(), work / f"planted-{kind}-{restarts}"
         shutil.rmtree(out, ignore_errors=True)
-        words = ("-m", "lab.faults", "planted", kind, *RUN, "--iterations", 6, "--out", out)
+        words = ("-m", "lab.faults", "planted", kind, *RUN.split(), "--iterations", 6, "--out", out)
         status, printed = torchrun(*words, restarts=restarts)
-        seconds = f"{time.perf_counter() - start:.0f}"
+        seconds = f"{time.perf_counter() - begun:.0f}"
         if restarts:
             good, what = status == 0, f"went on from {resumed_from(printed)}"
         else:
-            good, what = re.search(says[kind], printed) and status == 1, "stopped, cause named"
+            good, what = re.search(SAYS[kind], printed) and status == 1, "stopped, cause named"
         rows.append((kind, restarts, status, seconds, what, verdict(good)))
     return rows
 

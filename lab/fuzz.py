@@ -2,7 +2,7 @@
 line: never a traceback, never a hang, never a file written elsewhere.
 
     python -m lab.fuzz                       # 1,000 mutations a file, an hour on one core
-    python -m lab.fuzz --mutations 20 --only config.json metadata.jsonl
+    python -m lab.fuzz --mutations 20 --only run/config.json images/metadata.jsonl
 
 What fails is kept in --work/failures, beside its traceback.
 """
@@ -16,11 +16,8 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import traceback
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +31,7 @@ import data
 import models
 import train
 from lab import plane
+from lab.faults import print_table
 from support import checkpoint, cli, images, references, runlog, students
 from support.cli import UserError
 from support.prompt_files import read_prompts
@@ -52,23 +50,19 @@ ODD = (
 
 
 def places_in(content):
-    """[(container, key), ...] of everything in a JSON value."""
-    found, todo = [], [content]
-    while todo:
-        container = todo.pop()
-        keys = range(len(container)) if isinstance(container, list) else list(container)
-        for key in keys:
-            found.append((container, key))
-            if isinstance(container[key], (dict, list)):
-                todo.append(container[key])
-    return found
+    """(container, key) of everything in a JSON value."""
+    keys = range(len(content)) if isinstance(content, list) else list(content)
+    for key in keys:
+        yield content, key
+        if isinstance(content[key], (dict, list)):
+            yield from places_in(content[key])
 
 
 def spoil_json(text, numbers):
     """Another value, or none, at one to three places."""
     content = json.loads(text)
     for _ in range(numbers.randint(1, 3)):
-        places = places_in(content)
+        places = [*places_in(content)]
         if not places:
             break
         container, key = numbers.choice(places)
@@ -80,20 +74,17 @@ def spoil_json(text, numbers):
 
 
 def spoil_bytes(content, numbers, end):
-    """Bits flipped, bytes replaced, taken out or put in before `end`, or the end cut off."""
+    """Bits flipped, bytes taken out and others put in before `end`, or the end cut off."""
     content = bytearray(content)
     for _ in range(numbers.randint(1, 4)):
         at = numbers.randrange(max(1, min(end, len(content))))
-        kind = numbers.randrange(5)
-        if kind == 0 and content:
+        kind = numbers.random()
+        if kind < 0.25 and content:
             content[at] ^= 1 << numbers.randrange(8)
-        elif kind == 1:
-            content[at : at + 1] = bytes([numbers.randrange(256)])
-        elif kind == 2:
-            del content[at : at + numbers.randint(1, 20)]
-        elif kind == 3:
-            content[at:at] = bytes(numbers.randrange(256) for _ in range(numbers.randint(1, 20)))
-        elif numbers.random() < 0.3:
+        elif kind < 0.95:
+            taken, put = numbers.choice([(1, 1), (numbers.randint(1, 20), 0), (0, 20)])
+            content[at : at + taken] = numbers.randbytes(put)
+        else:
             del content[at:]
     return bytes(content)
 
@@ -113,14 +104,6 @@ def spoil(content, name, numbers):
 
 
 # ----------------------------------------------------------------------------- what is read
-
-
-@dataclass
-class Target:
-    """A file, and read(), which reads it as a command does."""
-
-    file: Path
-    read: Callable
 
 
 def make_files(work):
@@ -150,12 +133,10 @@ def make_files(work):
     data.make_latents(work / "latents", config, models.load_model(work / "teacher"))
 
 
-def targets_of(work):
-    """{name: Target}"""
+def readers_of(work):
+    """{pattern of files: what reads them as a command does}"""
     model = models.load_model(work / "teacher")
-    setting = SimpleNamespace(inception=SimpleNamespace(about={}), protocol_name="as-is")
     run, newest = work / "run", work / "run" / "checkpoints" / "000002"
-    shard = next(newest.glob("*.safetensors"))
 
     def resume():
         train.parse_arguments(["--resume", str(run)])
@@ -164,26 +145,8 @@ def targets_of(work):
     def manifest():
         checkpoint.damage_in(newest, checkpoint.read_manifest(newest))
 
-    def tensors():
-        checkpoint.load(newest, {"student.network.enter.bias": torch.zeros(64)})
-
-    def metrics():
-        runlog.Log(run, 1.0, 2)
-
     def teacher():
         models.load_model(work / "teacher").encode(["cat"])
-
-    def student():
-        students.load_student(work / "student", model)
-
-    def lora():
-        students.load_student(work / "lora.safetensors", model)
-
-    def latents():
-        data.real_data(model, work / "latents").read([0])
-
-    def folder():
-        data.ImageFolder(work / "images", model)
 
     def archive():
         files = images.ImageFiles(work / "images.zip")
@@ -191,58 +154,44 @@ def targets_of(work):
             images.open_image(files.file(0))
 
     def prompts():
-        for kind in ("json", "jsonl", "csv", "pkl"):
-            read_prompts(work / f"prompts.{kind}")
+        for file in work.glob("prompts.*"):
+            read_prompts(file)
 
     def statistics():
+        setting = SimpleNamespace(inception=SimpleNamespace(about={}), protocol_name="as-is")
         references.of_file(work / "statistics.npz", setting)
 
-    found = {
-        "config.json": Target(run / "config.json", resume),
-        "manifest.json": Target(newest / "manifest.json", manifest),
-        "checkpoint.safetensors": Target(shard, tensors),
-        "metrics.jsonl": Target(run / "metrics.jsonl", metrics),
-        "student/config.json": Target(work / "student" / "config.json", student),
-        "lora.safetensors": Target(work / "lora.safetensors", lora),
-        "latents/config.json": Target(work / "latents" / "config.json", latents),
-        "latents.safetensors": Target(work / "latents" / "00000.safetensors", latents),
-        "metadata.jsonl": Target(work / "images" / "metadata.jsonl", folder),
-        "images.zip": Target(work / "images.zip", archive),
-        "statistics.npz": Target(work / "statistics.npz", statistics),
+    bias = {"student.network.enter.bias": torch.zeros(64)}
+    return {
+        "run/config.json": resume,
+        "run/metrics.jsonl": lambda: runlog.Log(run, 1.0, 2),
+        "run/checkpoints/000002/manifest.json": manifest,
+        "run/checkpoints/000002/*.safetensors": lambda: checkpoint.load(newest, bias),
+        "teacher/model_index.json": teacher,
+        "teacher/*/*config.json": teacher,
+        "teacher/*/*.safetensors": teacher,
+        "student/config.json": lambda: students.load_student(work / "student", model),
+        "lora.safetensors": lambda: students.load_student(work / "lora.safetensors", model),
+        "latents/*": lambda: data.real_data(model, work / "latents").read([0]),
+        "images/metadata.jsonl": lambda: data.ImageFolder(work / "images", model),
+        "images.zip": archive,
+        "statistics.npz": statistics,
+        "prompts.*": prompts,
     }
-    for kind in ("json", "jsonl", "csv", "pkl"):
-        found[f"prompts.{kind}"] = Target(work / f"prompts.{kind}", prompts)
-    for part in ("unet", "vae", "text_encoder", "scheduler", "tokenizer"):
-        for file in sorted((work / "teacher" / part).glob("*config.json")):
-            found[f"{part}/{file.name}"] = Target(file, teacher)
-        for file in sorted((work / "teacher" / part).glob("*.safetensors")):
-            found[f"{part}.safetensors"] = Target(file, teacher)
-    found["model_index.json"] = Target(work / "teacher" / "model_index.json", teacher)
-    return found
 
 
 # ----------------------------------------------------------------------------- trying
 
 
-class Hang(BaseException):
-    pass
-
-
-def on_alarm(number, frame):
-    raise Hang
-
-
-def try_once(target):
+def try_once(read):
     """None, or what is wrong with how a spoilt file was read."""
     quiet = io.StringIO()
-    signal.alarm(SECONDS)
+    signal.alarm(SECONDS)  # then it is interrupted
     try:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            target.read()
+            read()
     except UserError as error:
         return f"several lines: {error}" if "\n" in str(error) else None
-    except Hang:
-        return f"a hang: more than {SECONDS} s\n{traceback.format_exc()}"
     except BaseException:
         return traceback.format_exc()
     finally:
@@ -251,39 +200,42 @@ def try_once(target):
 
 
 def stamps(work):
-    """{file: (size, time)} of all but what fails."""
-    files = [path for path in work.rglob("*") if path.is_file() and "failures" not in path.parts]
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+    """{file: (size, time)} of all but what fails, and a run's metrics, which it writes anew."""
+    found = {}
+    for path in work.rglob("*"):
+        if path.is_file() and "failures" not in path.parts and path.name != "metrics.jsonl":
+            found[path] = (path.stat().st_size, path.stat().st_mtime_ns)
+    return found
 
 
-def fuzz(name, target, work, mutations, seed):
+def fuzz(name, read, work, mutations, seed):
     """How many of the mutations were read badly."""
     numbers = random.Random(f"{name} {seed}")
-    whole, failed = target.file.read_bytes(), 0
+    file, failed = work / name, 0
+    whole = file.read_bytes()
     for k in tqdm(range(mutations), desc=name, unit="file"):
-        content = spoil(whole, target.file.name, numbers)
-        target.file.write_bytes(content)
+        content = spoil(whole, name, numbers)
+        file.write_bytes(content)
         before = stamps(work)
-        wrong = try_once(target)
-        allowed = {str(work / "run" / "metrics.jsonl")}  # which a run writes anew
-        changed = {file for file, stamp in stamps(work).items() if before.get(file) != stamp}
-        if changed - allowed:
-            wrong = f"{wrong or ''}\nwritten: {sorted(changed)}"
+        wrong = try_once(read)
+        changed = dict(stamps(work).items() - before.items())
+        if changed:
+            wrong = f"{wrong or ''}\nwritten: {[*map(str, changed)]}"
         if wrong:
             failed += 1
             place = work / "failures" / f"{name.replace('/', '-')}-{k}"
-            place.mkdir(parents=True, exist_ok=True)
-            (place / target.file.name).write_bytes(content)
+            place.mkdir(parents=True)
+            (place / file.name).write_bytes(content)
             (place / "traceback.txt").write_text(wrong)
             tqdm.write(f"{name}: {wrong.strip().splitlines()[-1]}")
-    target.file.write_bytes(whole)
+    file.write_bytes(whole)
     return failed
 
 
 def main(arguments=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--mutations", type=cli.positive, default=1000, help="of each file")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="(default: every file)")
+    parser.add_argument("--only", nargs="+", metavar="FILE", help="(default: every file)")
     parser.add_argument("--seed", type=cli.natural, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/fuzz"), help="where files go")
     args = parser.parse_args(arguments)
@@ -292,25 +244,26 @@ def main(arguments=None):
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     make_files(work)
-    targets = targets_of(work)
+    readers = {}
+    for pattern, read in readers_of(work).items():
+        readers |= {str(file.relative_to(work)): read for file in sorted(work.glob(pattern))}
     for name in args.only or ():
-        cli.check_choice("--only", name, targets)
-    before = signal.signal(signal.SIGALRM, on_alarm)
+        cli.check_choice("--only", name, readers)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     limit = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, limit[1]))
     try:
-        failed = {}
-        for name in args.only or targets:
-            failed[name] = fuzz(name, targets[name], work, args.mutations, args.seed)
+        rows = []
+        for name in args.only or readers:
+            failed = fuzz(name, readers[name], work, args.mutations, args.seed)
+            rows.append((name, args.mutations, failed))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limit)
         signal.signal(signal.SIGALRM, before)
-    print(f"\n| file | mutations | read badly |\n|{'---|' * 3}")
-    for name, count in failed.items():
-        print(f"| {name} | {args.mutations} | {count} |")
-    if any(failed.values()):
+    print_table("Spoilt at random", ("file", "mutations", "read badly"), rows)
+    if any(failed for _, _, failed in rows):
         raise UserError(f"some were read badly: see {work}/failures", status=1)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.run(main)

@@ -4,6 +4,8 @@ python -m support.costs memory        # GiB of weights, gradients, optimizers an
 python -m support.costs flops        # of an iteration, beside the passes of DMD2's released loop
 """
 
+import collections
+import weakref
 from types import SimpleNamespace
 
 from support import cli, flags
@@ -13,7 +15,6 @@ if __name__ == "__main__":
 
 import diffusers
 import torch
-import transformers
 from diffusers import UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -47,58 +48,16 @@ CONDITIONS = {
         {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)},
     ),
 }
-
-
-# Text encoders and flow models: their class, and what their configuration on the hub has.
-CLIP_L = dict(hidden_size=768, intermediate_size=3072, projection_dim=768)
-CLIP_G = dict(
-    hidden_size=1280,
-    intermediate_size=5120,
-    num_hidden_layers=32,
-    num_attention_heads=20,
-    projection_dim=1280,
-)
-T5_XXL = dict(d_model=4096, d_ff=10240, num_heads=64, num_layers=24, feed_forward_proj="gated-gelu")
-GEMMA_2_2B = dict(
-    hidden_size=2304,
-    intermediate_size=9216,
-    num_hidden_layers=26,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-)
-QWEN3_4B = dict(
-    hidden_size=2560,
-    intermediate_size=9728,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-)
-QWEN25_VL_7B = dict(
-    text_config=dict(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
-    ),
-    vision_config=dict(
-        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584
-    ),
-    tie_word_embeddings=False,
-)
+# Parameters of the flow models' text encoders, by their configurations on the hub.
 ENCODERS = {
-    "CLIP-L": ("CLIPTextModelWithProjection", "CLIPTextConfig", CLIP_L),
-    "CLIP-G": ("CLIPTextModelWithProjection", "CLIPTextConfig", CLIP_G),
-    "T5-XXL": ("T5EncoderModel", "T5Config", T5_XXL),
-    "Gemma-2-2B": ("Gemma2Model", "Gemma2Config", GEMMA_2_2B),
-    "Qwen3-4B": ("Qwen3Model", "Qwen3Config", QWEN3_4B),
-    "Qwen2.5-VL-7B": (
-        "Qwen2_5_VLForConditionalGeneration",
-        "Qwen2_5_VLConfig",
-        QWEN25_VL_7B,
-    ),
+    "CLIP-L": 123_650_304,
+    "CLIP-G": 694_659_840,
+    "T5-XXL": 4_762_310_656,
+    "Gemma-2-2B": 2_614_341_888,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen2.5-VL-7B": 8_292_166_656,
 }
+# Flow models: their class, what their configuration on the hub has, their text encoders.
 SANA_600M = dict(
     num_layers=28,
     num_attention_heads=36,
@@ -242,40 +201,41 @@ class Flops(TorchDispatchMode):
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Within it, what the backward pass keeps besides parameters: `most`, in bytes, at a time."""
+    """Within it, what the backward pass keeps besides parameters: `most`, in bytes, at a time.
+    Saved tensors may share a storage, which counts once."""
 
     def __init__(self, *modules):
         super().__init__(self.pack, self.unpack)
-        storages = [p.untyped_storage() for module in modules for p in module.parameters()]
-        self.parameters = {storage._cdata for storage in storages}
-        self.holders, self.now, self.most = {}, 0, 0
+        self.now = self.most = 0
+        self.holders = collections.Counter()  # of each storage
+        for module in modules:
+            for parameter in module.parameters():
+                self.holders[parameter.untyped_storage()._cdata] = 1  # so it is never counted
 
     def pack(self, tensor):
-        return Saved(tensor, self)
+        storage = tensor.untyped_storage()
+        if self.holders[storage._cdata] == 0:
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+        self.holders[storage._cdata] += 1
+        saved = Saved(tensor)
+        weakref.finalize(saved, self.release, storage._cdata, storage.nbytes())
+        return saved
 
     def unpack(self, saved):
         return saved.tensor
 
+    def release(self, storage, size):
+        self.holders[storage] -= 1
+        if self.holders[storage] == 0:
+            self.now -= size
+
 
 class Saved:
-    """One saved tensor. Several may share a storage, which counts once."""
+    """What stands for a saved tensor in the graph."""
 
-    def __init__(self, tensor, total):
-        self.tensor, self.total = tensor, total
-        storage = tensor.untyped_storage()
-        self.key, self.size = storage._cdata, storage.nbytes()
-        if self.key in total.parameters:
-            self.size = 0
-        holders = total.holders.get(self.key, 0)
-        total.holders[self.key] = holders + 1
-        if holders == 0:
-            total.now += self.size
-            total.most = max(total.most, total.now)
-
-    def __del__(self):
-        self.total.holders[self.key] -= 1
-        if self.total.holders[self.key] == 0:
-            self.total.now -= self.size
+    def __init__(self, tensor):
+        self.tensor = tensor
 
 
 def count_flops(step, nets, batch, iteration, args):
@@ -308,8 +268,7 @@ def networks_without_weights(name, has_gan):
     return nets, batch
 
 
-COMMON = ["--guidance", "7.5", "--fake-updates", "5"]
-# What a student is trained by -> flags of train.py, besides those.
+# What a student is trained by -> flags of train.py.
 SETTINGS = {
     "DMD2 without GAN": "--variant dmd2 --gan-weight 0",
     "DMD2": "--variant dmd2",
@@ -325,98 +284,71 @@ def mean_iteration(step, nets, batch, args):
     return share * turn[0] + (1 - share) * other[0], max(turn[1], other[1])
 
 
+def print_row(*cells):
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
 def print_flops():
-    print(
-        "| | TFLOPs a sample: 1 step | of DMD2's order | 4 steps | of DMD2's order | GiB kept | of "
-        "DMD2's order |\n|---|---|---|---|---|---|---|"
-    )
+    beside = "of DMD2's order"
+    print_row("", "TFLOPs a sample: 1 step", beside, "4 steps", beside, "GiB kept", beside)
+    print(f"|{'---|' * 7}")
     for name in FULL_SIZE:
-        for setting, flags_of_it in SETTINGS.items():
-            args = train.parse_arguments([*COMMON, *flags_of_it.split()])
+        for setting, words in SETTINGS.items():
+            words = f"{words} --guidance 7.5 --fake-updates 5"
+            args = train.parse_arguments(words.split())
             nets, batch = networks_without_weights(name, args.gan_weight > 0)
             flops, kept = mean_iteration(bare_iteration, nets, batch, args)
-            other = None
+            dmd2_flops, dmd2_kept = float("nan"), float("nan")
             if args.schedule == "coupled":
-                other = mean_iteration(dmd2_iteration, nets, batch, args)
-            cells = [f"{name}, {setting}"]
+                dmd2_flops, dmd2_kept = mean_iteration(dmd2_iteration, nets, batch, args)
             with Flops() as one_pass, torch.no_grad():
                 nets.student(batch.eps_fake, batch.t_fake, batch.cond)
+            cells = []
             for steps in (1, 4):  # a batch ends at each of them equally often
                 earlier = (steps - 1) / 2 * one_pass.total
                 cells.append(f"{(flops + earlier) / 1e12:.2f}")
-                cells.append(f"{(flops + earlier) / (other[0] + earlier):.3f}" if other else "")
-            cells.append(f"{kept / 2**30:.2f}")
-            cells.append(f"{kept / other[1]:.3f}" if other else "")
-            print("| " + " | ".join(cells) + " |", flush=True)
+                cells.append(f"{(flops + earlier) / (dmd2_flops + earlier):.3f}")
+            cells += [f"{kept / 2**30:.2f}", f"{kept / dmd2_kept:.3f}"]
+            print_row(f"{name}, {setting}", *(cell.replace("nan", "") for cell in cells))
 
 
 # ----------------------------------------------------------------------------- memory
 
 
-def lora_parameters(network, layers, rank=64):
-    """How many parameters LoRAs of this rank add to the layers that are adapted."""
-    count = 0
+def parameters(kind, options, layers, rank=64):
+    """How many a network has, and how many LoRAs of this rank on these of its layers."""
+    with torch.device("meta"):
+        network = getattr(diffusers, kind)(**options)
+    lora = 0
     for name, module in network.named_modules():
         if name.endswith(layers) and hasattr(module, "weight"):
-            outputs, *inputs = module.weight.shape
-            count += rank * (outputs + torch.Size(inputs).numel())
-    return count
+            lora += rank * (len(module.weight) + module.weight[0].numel())
+    return sum(parameter.numel() for parameter in network.parameters()), lora
 
 
-def memory(parameters, student_lora, fake_lora, gpus, average):
+def memory(count, student_lora, fake_lora, gpus=1, average=False):
     """GiB of parameters, gradients and optimizer state on each GPU with --shard full and bf16.
 
     What is trained has a float32 weight, gradient and two moments, 16 bytes; the average has 4;
     what is frozen 2. The LoRAs of one GPU share the teacher's parameters; under torchrun each
-    network has shards of its own of them. student_lora, fake_lora: their parameters, 0 for none.
+    network has shards of its own of them. count: a network's parameters; student_lora, fake_lora:
+    those of LoRAs, 0 for none.
     """
     frozen = 1
     if gpus > 1 and student_lora:
         frozen += 1 + average
     if gpus > 1 and fake_lora:
         frozen += 1
-    student, fake_score = student_lora or parameters, fake_lora or parameters
-    total = 2 * parameters * frozen + 16 * (student + fake_score) + 4 * student * average
+    student, fake_score = student_lora or count, fake_lora or count
+    total = 2 * count * frozen + 16 * (student + fake_score) + 4 * student * average
     return total / gpus / 2**30
 
 
-def count_parameters(network):
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def encoder_parameters(name):
-    kind, config, options = ENCODERS[name]
-    with torch.device("meta"):
-        encoder = getattr(transformers, kind)(getattr(transformers, config)(**options))
-    return count_parameters(encoder)
-
-
-def print_memory_of_flow_models():
-    """On one GPU, without an average. What is trained whole has 16 bytes a parameter."""
-    print(
-        "| | billion parameters | both whole | LoRA student, whole fake score | both LoRA | text "
-        "encoders | of them |\n|---|---|---|---|---|---|---|"
-    )
-    for name, (kind, options, encoders) in FLOW_MODELS.items():
-        with torch.device("meta"):
-            network = getattr(diffusers, kind)(**options)
-        count = count_parameters(network)
-        lora = lora_parameters(network, TRANSFORMER_LORA_LAYERS)
-        cells = [f"{count / 1e9:.2f}"]
-        for student_lora, fake_lora in ((0, 0), (lora, 0), (lora, lora)):
-            cells.append(f"{memory(count, student_lora, fake_lora, 1, False):.1f}")
-        text = sum(encoder_parameters(encoder) for encoder in encoders)
-        cells += [f"{2 * text / 2**30:.1f}", ", ".join(encoders)]
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-
-
 def print_memory():
-    print("| | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs |\n|---|---|---|---|---|")
-    for name, config in FULL_SIZE.items():
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(**config)
-        count = count_parameters(unet)
-        lora = lora_parameters(unet, UNET_LORA_LAYERS)
+    print_row("", "1 GPU", "2 GPUs", "4 GPUs", "8 GPUs")
+    print(f"|{'---|' * 5}")
+    for name, options in FULL_SIZE.items():
+        count, lora = parameters("UNet2DConditionModel", options, UNET_LORA_LAYERS)
         for title, student_lora, fake_lora, average in (
             ("whole, averaged", 0, 0, True),
             ("whole", 0, 0, False),
@@ -424,15 +356,30 @@ def print_memory():
             ("LoRA student and fake score", lora, lora, False),
         ):
             row = [memory(count, student_lora, fake_lora, n, average) for n in (1, 2, 4, 8)]
-            cells = " | ".join(f"{gib:.1f}" for gib in row)
-            print(f"| {name}, {title} | {cells} |")
-    print()
-    print_memory_of_flow_models()
+            print_row(f"{name}, {title}", *(f"{gib:.1f}" for gib in row))
+
+
+def print_memory_of_flow_models():
+    """On one GPU, without an average. What is trained whole has 16 bytes a parameter."""
+    whole_or_lora = ("both whole", "LoRA student, whole fake score", "both LoRA")
+    print_row("", "billion parameters", *whole_or_lora, "text encoders", "of them")
+    print(f"|{'---|' * 7}")
+    for name, (kind, options, encoders) in FLOW_MODELS.items():
+        count, lora = parameters(kind, options, TRANSFORMER_LORA_LAYERS)
+        row = [memory(count, 0, 0), memory(count, lora, 0), memory(count, lora, lora)]
+        row.append(2 * sum(ENCODERS[encoder] for encoder in encoders) / 2**30)
+        cells = [f"{gib:.1f}" for gib in row]
+        print_row(name, f"{count / 1e9:.2f}", *cells, ", ".join(encoders))
 
 
 def main(arguments=None):
     args = flags.costs_parser(__doc__).parse_args(arguments)
-    print_flops() if args.what == "flops" else print_memory()
+    if args.what == "flops":
+        print_flops()
+    else:
+        print_memory()
+        print()
+        print_memory_of_flow_models()
 
 
 if __name__ == "__main__":
