@@ -10,18 +10,25 @@ import pytest
 import data
 import fsdp
 import models
-from lab import plane
+from lab import health, plane, trials
+from support.judges import world
 from tests import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
-def float32_and_few_teacher_steps():
-    """Training is in float32 here, whatever this processor has: equalities are to be seen. A run's
-    images of the teacher would cost more than the rest of a tiny run."""
+def float32_and_small_measurements():
+    """Training is in float32 here, whatever this processor has: equalities are to be seen. What
+    would cost more than the rest of a tiny run is small: the teacher's images, the plane's fit and
+    its table, the embedded world's reference, the images of a watched run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fsdp, "default_dtype", float32_everywhere)
         patch.setattr(models.Model, "default_teacher_steps", 2)
         patch.setattr(models.ClassModel, "default_teacher_steps", 2)
+        patch.setattr(plane.fitted_weights.__wrapped__, "__defaults__", (100, 256))
+        patch.setattr(plane.table_of, "__defaults__", (2, 256))
+        patch.setattr(trials, "SAMPLES", 256)
+        patch.setattr(world, "REFERENCE", 200)
+        patch.setattr(health, "SAMPLES", 20)
         yield
 
 
