@@ -1,6 +1,7 @@
 """What the tests share. pytest reads this before any test file, so before torch is imported."""
 
 import os
+import shutil
 
 # xdist runs one worker for each core; more threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,7 @@ import pytest
 import data
 import fsdp
 import models
+import train
 from lab import health, plane, trials
 from support.judges import world
 from tests import tiny
@@ -69,3 +71,29 @@ def prompts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     return tiny.write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def plane_run(tmp_path_factory):
+    """A finished run of the plane; not to be changed."""
+    out = tmp_path_factory.mktemp("runs") / "plane"
+    tiny.call(plane, f"{tiny.PLANE} --iterations 4 --out {out}")
+    return out
+
+
+@pytest.fixture
+def run(plane_run, tmp_path):
+    """A copy of it to be spoilt."""
+    return shutil.copytree(plane_run, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def lora_runs(folders, prompts, tmp_path_factory):
+    """A finished run of a LoRA of each kind; not to be changed."""
+    pytest.importorskip("peft")
+    place = tmp_path_factory.mktemp("lora")
+    for name in folders:
+        flags = f"--model {folders[name]} --prompts {prompts} --gan-weight 0 {tiny.SMALL}"
+        flags += " --iterations 4 --lora 4 --lora-alpha 2 --learning-rate 1e-2"
+        tiny.call(train, flags, "--out", place / name)
+    return place
