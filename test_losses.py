@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -27,12 +28,11 @@ def call(network, x, time, cond):
 FAMILY = Family(call, None)
 
 T_VALUES = (60, 300, 600, 900)
+SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
 def sd_alphas_cumprod():
-    return DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
-    ).alphas_cumprod
+    return DDIMScheduler(**SD_BETAS).alphas_cumprod
 
 
 SCHEDULES = {
@@ -47,23 +47,24 @@ class Mixture:
     """A mixture of 1-D Gaussians, diffused exactly. One component makes it a Gaussian."""
 
     def __init__(self, weights, means, deviations):
-        self.weights, self.means, self.deviations = (
-            torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, deviations)
-        )
+        parts = (torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, deviations))
+        self.weights, self.means, self.deviations = parts
 
-    def log_density(self, x_t, alpha, sigma):
+    def parts(self, x_t, alpha, sigma):
+        """Of each component: log of its weight times its density, its distance and variance."""
         variance = alpha**2 * self.deviations**2 + sigma**2
         z = x_t[..., None] - alpha * self.means
-        return (
-            self.weights.log() - 0.5 * (z**2 / variance + (2 * math.pi * variance).log())
-        ).logsumexp(-1)
+        log_normal = -0.5 * (z**2 / variance + (2 * math.pi * variance).log())
+        return self.weights.log() + log_normal, z, variance
+
+    def log_density(self, x_t, alpha, sigma):
+        return self.parts(x_t, alpha, sigma)[0].logsumexp(-1)
 
     def x0(self, x_t, alpha, sigma):
         """E[x0 | x_t]: the components' posterior means, weighted by their responsibilities."""
-        variance = alpha**2 * self.deviations**2 + sigma**2
-        z = x_t[..., None] - alpha * self.means
-        responsibility = (self.weights.log() - 0.5 * (z**2 / variance + variance.log())).softmax(-1)
-        return (responsibility * (self.means + alpha * self.deviations**2 / variance * z)).sum(-1)
+        log_parts, z, variance = self.parts(x_t, alpha, sigma)
+        x0 = self.means + alpha * self.deviations**2 / variance * z
+        return (log_parts.softmax(-1) * x0).sum(-1)
 
 
 TEACHER = Mixture([0.3, 0.7], [-1.0, 0.8], [0.3, 0.5])
@@ -73,26 +74,15 @@ def levels(schedule, t):
     return schedule.alpha[t].double(), schedule.sigma[t].double()
 
 
-def gauss_hermite(n=120):
-    """Nodes and weights for expectations under N(0, 1)."""
-    import numpy as np
-
-    nodes, weights = np.polynomial.hermite_e.hermegauss(n)
-    return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
-
-
 # ----------------------------------------------------------------------------- schedules
 
 
 def test_schedules_are_what_diffusers_uses():
-    vp = SCHEDULES["vp"]
+    vp, edm = SCHEDULES["vp"], SCHEDULES["edm"]
     torch.testing.assert_close(vp.alpha**2, sd_alphas_cumprod())
     torch.testing.assert_close(vp.alpha**2 + vp.sigma**2, torch.ones(1000))
     assert 1 / vp.alpha[999].item() == pytest.approx(14.6, abs=0.1)
-    edm = SCHEDULES["edm"]
-    assert edm.sigma[0].item() == pytest.approx(0.002) and edm.sigma[999].item() == pytest.approx(
-        80
-    )
+    assert edm.sigma[[0, 999]].tolist() == pytest.approx([0.002, 80])
     torch.testing.assert_close(edm.network_time, edm.sigma.log() / 4)
     flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
     torch.testing.assert_close(SCHEDULES["flow"].sigma, flow.sigmas.flip(0))
@@ -131,29 +121,21 @@ def test_denoiser_reads_x0_from_every_kind_of_network(family, prediction, densit
         """Knows the density, sees what a network sees: its scaled input and its time."""
 
         def forward(self, sample, timestep, return_dict):
-            scaled, time = sample, timestep
-            t = (schedule.network_time[None] - time[:, None]).abs().argmin(1)
-            alpha, sigma = (level.double() for level in schedule.at(t, scaled))
-            x_t = (
-                scaled.double() * (sigma**2 + 0.25).sqrt()
-                if prediction == "edm"
-                else scaled.double()
-            )
+            t = (schedule.network_time[None] - timestep[:, None]).abs().argmin(1)
+            alpha, sigma = (level.double() for level in schedule.at(t, sample))
+            x_t = sample.double()
+            if prediction == "edm":
+                x_t = x_t * (sigma**2 + 0.25).sqrt()
             x0 = density.x0(x_t, alpha[..., None], sigma[..., None])
             return (output_of(prediction, x0, x_t, alpha, sigma),)
 
     t = torch.tensor(T_VALUES)
-    x_t = schedule.add_noise(
-        torch.linspace(-1, 1, 4).view(4, 1), torch.linspace(-2, 2, 5).expand(4, 5), t
-    )
-    alpha, sigma = (level.double() for level in schedule.at(t, x_t))
+    x, eps = torch.linspace(-1, 1, 4).view(4, 1), torch.linspace(-2, 2, 5).expand(4, 5)
+    x_t = schedule.add_noise(x, eps, t)
+    alpha, sigma = (level.double()[..., None] for level in schedule.at(t, x_t))
     x0 = models.Denoiser(PerfectNetwork(), schedule, prediction, FAMILY)(x_t, t, {})
-    torch.testing.assert_close(
-        x0.double(),
-        density.x0(x_t.double(), alpha[..., None], sigma[..., None]),
-        atol=2e-5,
-        rtol=1e-4,
-    )
+    expected = density.x0(x_t.double(), alpha, sigma)
+    torch.testing.assert_close(x0.double(), expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", SCHEDULES)
@@ -162,9 +144,8 @@ def test_score_identity(family, t):
     alpha, sigma = levels(SCHEDULES[family], t)
     x_t = (alpha * torch.linspace(-3, 3, 41, dtype=torch.float64)).requires_grad_()
     (true_score,) = torch.autograd.grad(TEACHER.log_density(x_t, alpha, sigma).sum(), x_t)
-    torch.testing.assert_close(
-        losses.score(TEACHER.x0(x_t, alpha, sigma), x_t, alpha, sigma), true_score
-    )
+    score = losses.score(TEACHER.x0(x_t, alpha, sigma), x_t, alpha, sigma)
+    torch.testing.assert_close(score, true_score)
 
 
 @pytest.mark.parametrize("family, prediction", PREDICTIONS)
@@ -176,9 +157,8 @@ def test_denoising_loss_is_the_error_of_the_networks_own_output(family, predicti
     x_t = alpha * x + sigma * eps
     output = output_of(prediction, x, x_t, alpha, sigma) + error
     x0_pred = models.x0_from_output(prediction, output, x_t, alpha, sigma)
-    loss = losses.denoising_loss(
-        x0_pred, x, losses.denoising_weight(prediction, alpha, sigma)
-    ).mean()
+    weight = losses.denoising_weight(prediction, alpha, sigma)
+    loss = losses.denoising_loss(x0_pred, x, weight).mean()
     torch.testing.assert_close(loss, error.square().mean())
 
 
@@ -211,25 +191,19 @@ def students(alpha, sigma):
         return Mixture([1.0], theta[:1], theta[1:])
 
     def mixture(theta):
-        q = Mixture([0.4, 0.6], [0.0, 0.0], [0.4, 0.2])
-        q.means = theta
-        return q
+        return Mixture([0.4, 0.6], theta, [0.4, 0.2])
 
-    shift, scale = 0.3, 0.7
+    shift, scale = theta = torch.tensor([0.3, 0.7], dtype=torch.float64)
     variance = alpha**2 * scale**2 + sigma**2
     along = lambda x_t: torch.stack(
         [alpha.expand_as(x_t), alpha * alpha * scale * (x_t - alpha * shift) / variance]
     )
-    yield (
-        gaussian,
-        torch.tensor([shift, scale], dtype=torch.float64),
-        [(1.0, alpha * shift, variance, along)],
-    )
-    parts = []
-    for k, (weight, mean, deviation) in enumerate(((0.4, -0.7, 0.4), (0.6, 0.4, 0.2))):
+    yield gaussian, theta, [(1.0, alpha * shift, variance, along)]
+    theta, parts = torch.tensor([-0.7, 0.4], dtype=torch.float64), []
+    for k, (weight, deviation) in enumerate(((0.4, 0.4), (0.6, 0.2))):
         along = lambda x_t, k=k: torch.stack([alpha.expand_as(x_t) * (i == k) for i in range(2)])
-        parts.append((weight, alpha * mean, alpha**2 * deviation**2 + sigma**2, along))
-    yield mixture, torch.tensor([-0.7, 0.4], dtype=torch.float64), parts
+        parts.append((weight, alpha * theta[k], alpha**2 * deviation**2 + sigma**2, along))
+    yield mixture, theta, parts
 
 
 @pytest.mark.parametrize("family", SCHEDULES)
@@ -244,14 +218,11 @@ def test_f_divergence_gradient_by_quadrature(divergence, family, t):
         x_t = torch.linspace(-float(reach), float(reach), 20001, dtype=torch.float64)
         width = x_t[1] - x_t[0]
         theta = theta.clone().requires_grad_()
-        log_p, log_q = (
-            TEACHER.log_density(x_t, alpha, sigma),
-            student(theta).log_density(x_t, alpha, sigma),
-        )
+        log_p = TEACHER.log_density(x_t, alpha, sigma)
+        log_q = student(theta).log_density(x_t, alpha, sigma)
         log_r = log_p - log_q
-        (true_gradient,) = torch.autograd.grad(
-            (log_q.exp() * F[divergence](log_r.exp(), log_r)).sum() * width, theta
-        )
+        distance = (log_q.exp() * F[divergence](log_r.exp(), log_r)).sum() * width
+        (true_gradient,) = torch.autograd.grad(distance, theta)
 
         q = student(theta.detach())
         s_p = losses.score(TEACHER.x0(x_t, alpha, sigma), x_t, alpha, sigma)
@@ -259,12 +230,8 @@ def test_f_divergence_gradient_by_quadrature(divergence, family, t):
         weighted = -losses.DIVERGENCES[divergence](log_r.detach().exp()) * (s_p - s_q)
         gradient = torch.zeros(2, dtype=torch.float64)
         for weight, mean, variance, along in parts:
-            density = (
-                weight
-                * (-0.5 * (x_t - mean) ** 2 / variance).exp()
-                / (2 * math.pi * variance) ** 0.5
-            )
-            gradient += (density * weighted * along(x_t)).sum(1) * width
+            density = torch.distributions.Normal(mean, variance.sqrt()).log_prob(x_t).exp()
+            gradient += (weight * density * weighted * along(x_t)).sum(1) * width
         torch.testing.assert_close(gradient, true_gradient, rtol=1e-3, atol=1e-9)
 
 
@@ -274,31 +241,24 @@ def test_f_divergence_gradient_in_the_plane(divergence, family, t):
     """The same for the labelled mixture of plane.py and a student that is a Gaussian in the plane
     with a shift of its own."""
     alpha, sigma = levels(SCHEDULES[family], t)
-    teacher, theta = (
-        plane.plane(),
-        torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True),
-    )
-    teacher.means, teacher.deviations, teacher.log_weights = (
-        teacher.means.double(),
-        teacher.deviations.double(),
-        teacher.log_weights.double(),
-    )
+    teacher = plane.plane()
+    theta = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+    for name in ("means", "deviations", "log_weights"):
+        setattr(teacher, name, getattr(teacher, name).double())
     variance = alpha**2 * 0.8**2 + sigma**2
-    line = torch.linspace(-8, 8, 501, dtype=torch.float64) * variance.sqrt()
+    line = torch.linspace(-8, 8, 251, dtype=torch.float64) * variance.sqrt()
     x_t = torch.cartesian_prod(line, line)
     label, area = torch.full((len(x_t),), 1), (line[1] - line[0]) ** 2
     at = (alpha.view(1, 1), sigma.view(1, 1))
     log_p = teacher.log_density(x_t, *at, label)
     log_q = -0.5 * (x_t - alpha * theta).square().sum(1) / variance - (2 * math.pi * variance).log()
     log_r = log_p - log_q
-    (true_gradient,) = torch.autograd.grad(
-        (log_q.exp() * F[divergence](log_r.exp(), log_r)).sum() * area, theta
-    )
+    distance = (log_q.exp() * F[divergence](log_r.exp(), log_r)).sum() * area
+    (true_gradient,) = torch.autograd.grad(distance, theta)
 
     x0_fake = theta.detach() + alpha * 0.8**2 / variance * (x_t - alpha * theta.detach())
-    direction = (
-        losses.dm_direction(teacher.x0(x_t, *at, label), x0_fake) * alpha / sigma**2
-    )  # s_fake - s_real
+    direction = losses.dm_direction(teacher.x0(x_t, *at, label), x0_fake)
+    direction = direction * alpha / sigma**2  # s_fake - s_real
     weight = log_q.detach().exp() * losses.DIVERGENCES[divergence](log_r.detach().exp())
     gradient = (weight[:, None] * direction * alpha).sum(0) * area
     torch.testing.assert_close(gradient, true_gradient, rtol=1e-3, atol=1e-9)
@@ -335,9 +295,8 @@ def test_directions_add_up_to_dmd2_s_numerator():
 def test_normaliser_is_one_number_a_sample_and_has_a_floor():
     x = torch.zeros(2, 1, 2, 2)
     x0_real = torch.stack([torch.tensor([[[4.0, -4.0], [2.0, 6.0]]]), torch.zeros(1, 2, 2)])
-    torch.testing.assert_close(
-        losses.normaliser(x, x0_real, 0.5), torch.tensor([4.0, 0.5]).view(2, 1, 1, 1)
-    )
+    scale = losses.normaliser(x, x0_real, 0.5)
+    assert scale.shape == (2, 1, 1, 1) and scale.flatten().tolist() == [4.0, 0.5]
     with pytest.raises(ValueError, match="shapes differ"):
         losses.normaliser(x, x0_real[:1], 0.5)
 
@@ -345,7 +304,8 @@ def test_normaliser_is_one_number_a_sample_and_has_a_floor():
 def test_normalised_variance_of_the_weight_between_two_unit_gaussians():
     """2502.15681, figure 4a: Var_q[h] / E_q[h]^2 for p = N(d, 1), q = N(0, 1), where log r = d x -
     d^2 / 2. In closed form it is exp(d^2) - 1 for forward KL and exp(d^2 / 4) - 1 for Hellinger."""
-    x, weights = gauss_hermite(200)
+    x, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(200))
+    weights = weights / weights.sum()
     variance = {}
     for d in (0.5, 1.0, 2.0, 3.0):
         r = (d * x - d**2 / 2).exp()
@@ -355,14 +315,11 @@ def test_normalised_variance_of_the_weight_between_two_unit_gaussians():
             variance[name, d] = ((weights * (h - mean) ** 2).sum() / mean**2).item()
         assert variance["forward-kl", d] == pytest.approx(math.exp(d**2) - 1, rel=1e-6)
         assert variance["hellinger", d] == pytest.approx(math.exp(d**2 / 4) - 1, rel=1e-6)
-        assert variance["jeffreys", d] == pytest.approx(
-            (math.exp(d**2) - 1) / 4, rel=1e-6
-        )  # h = r + 1, whose mean is 2
+        # h = r + 1, whose mean is 2
+        assert variance["jeffreys", d] == pytest.approx((math.exp(d**2) - 1) / 4, rel=1e-6)
         assert variance["reverse-kl", d] == pytest.approx(0, abs=1e-9)
-        assert (
-            variance["js", d] < variance["hellinger", d] * 1.5
-            and variance["js", d] < variance["jeffreys", d] < variance["forward-kl", d]
-        )
+        assert variance["js", d] < variance["hellinger", d] * 1.5
+        assert variance["js", d] < variance["jeffreys", d] < variance["forward-kl", d]
     assert variance["forward-kl", 3.0] > 1000 and variance["jeffreys", 3.0] > 1000
     assert variance["js", 3.0] < 10 and variance["hellinger", 3.0] < 10
 
@@ -372,35 +329,23 @@ def test_normalised_variance_of_the_weight_between_two_unit_gaussians():
 
 def test_density_ratio_is_cut_off_on_both_sides():
     logit = torch.tensor([-1000.0, -1.0, 0.0, 2.0, 1000.0])
-    torch.testing.assert_close(
-        losses.density_ratio(logit), torch.tensor([0.1, math.exp(-1), 1.0, math.exp(2), 20.0])
-    )
+    expected = torch.tensor([0.1, math.exp(-1), 1.0, math.exp(2), 20.0])
+    torch.testing.assert_close(losses.density_ratio(logit), expected)
 
 
 def test_bin_means_move_where_something_fell_in():
-    assert losses.time_bin(torch.tensor([0, 99, 100, 550, 999]), 1000, 10).tolist() == [
-        0,
-        0,
-        1,
-        5,
-        9,
-    ]
-    means = losses.update_bin_means(
-        torch.tensor([1.0, 1.0, 3.0]),
-        torch.tensor([4.0, 0.0, 6.0]),
-        torch.tensor([2.0, 0.0, 2.0]),
-        decay=0.9,
-    )
+    bins = losses.time_bin(torch.tensor([0, 99, 100, 550, 999]), 1000, 10)
+    assert bins.tolist() == [0, 0, 1, 5, 9]
+    means, sums, counts = torch.tensor([[1.0, 1.0, 3.0], [4.0, 0.0, 6.0], [2.0, 0.0, 2.0]])
+    means = losses.update_bin_means(means, sums, counts, decay=0.9)
     torch.testing.assert_close(means, torch.tensor([1.1, 1.0, 3.0]))
 
 
 def test_gan_losses_are_binary_cross_entropy():
     real, fake = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
     entropy = torch.nn.functional.binary_cross_entropy_with_logits
-    torch.testing.assert_close(
-        losses.gan_critic_loss(real, fake).mean(),
-        entropy(real, torch.ones(9)) + entropy(fake, torch.zeros(9)),
-    )
+    expected = entropy(real, torch.ones(9)) + entropy(fake, torch.zeros(9))
+    torch.testing.assert_close(losses.gan_critic_loss(real, fake).mean(), expected)
     torch.testing.assert_close(losses.gan_student_loss(fake).mean(), entropy(fake, torch.ones(9)))
 
 
@@ -414,25 +359,19 @@ def test_r1_penalty_is_the_square_of_a_critic_s_gradient():
 
 
 def test_mean_variance_loss_is_the_kl_between_gaussians():
-    x = 2 + 3 * torch.randn(
-        5, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
+    torch.manual_seed(0)
+    x = 2 + 3 * torch.randn(5, 4, 8, 8, dtype=torch.float64)
     flat = x.flatten(1)
     own = torch.distributions.Normal(flat.mean(1), flat.std(1, correction=0))
-    target = torch.distributions.Normal(
-        torch.tensor(0.075, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
-    )
-    torch.testing.assert_close(
-        losses.mean_variance_loss(x, 0.075, 0.81).mean(),
-        torch.distributions.kl_divergence(own, target).mean(),
-    )
+    target = torch.distributions.Normal(*torch.tensor([0.075, 0.9], dtype=torch.float64))
+    expected = torch.distributions.kl_divergence(own, target).mean()
+    torch.testing.assert_close(losses.mean_variance_loss(x, 0.075, 0.81).mean(), expected)
 
 
 def test_regression_loss_is_the_mean_square():
     a, b = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        losses.regression_loss(a, b).mean(), torch.nn.functional.mse_loss(a, b)
-    )
+    expected = torch.nn.functional.mse_loss(a, b)
+    torch.testing.assert_close(losses.regression_loss(a, b).mean(), expected)
     with pytest.raises(ValueError, match="shapes differ"):
         losses.regression_loss(a, b[:1])
 
@@ -457,28 +396,26 @@ def test_gan_head_judges_by_the_features_of_narrow_networks_too(channels):
     assert (gradient() - exact).norm() < 2e-5 * exact.norm()
 
 
-def test_gan_head_learns_the_log_ratio_of_two_gaussians():
-    """The head on the plane's network, trained by the critic's loss alone, against log p_t / q_t of
-    the diffused Gaussians."""
+def test_gan_head_learns_the_log_ratio_of_two_gaussians(monkeypatch):
+    """The head on a network of the plane's kind, trained by the critic's loss alone, against
+    log p_t / q_t of the diffused Gaussians."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(plane, "fitted_weights", lambda name: plane.PointNetwork().state_dict())
     model = plane.PlaneModel("gmm")
-    fake_score = models.FakeScore(
-        copy.deepcopy(model.origin),
-        models.make_gan_head(model.origin, model.encode([""]), model.sample_shape, 0),
-    ).requires_grad_(True)
-    optimizer = torch.optim.AdamW(fake_score.parameters(), lr=2e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
+    head = models.make_gan_head(model.origin, model.encode([""]), model.sample_shape, 0)
+    fake_score = models.FakeScore(copy.deepcopy(model.origin), head).requires_grad_(True)
+    optimizer = torch.optim.AdamW(fake_score.parameters(), lr=4e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
     generator = torch.Generator().manual_seed(0)
     mean_p, mean_q, deviation = torch.tensor([0.5, 0.0]), torch.tensor([-0.3, 0.4]), 0.6
-    cond = model.encode(["0"] * 512)
+    cond = model.encode(["0"] * 256)
 
     def diffused(mean, t):
-        x = mean + deviation * torch.randn(512, 2, generator=generator)
-        return model.schedule.add_noise(
-            x[..., None, None], torch.randn(512, 2, 1, 1, generator=generator), t
-        )
+        x, eps = torch.randn(2, 256, 2, 1, 1, generator=generator)
+        return model.schedule.add_noise(mean[:, None, None] + deviation * x, eps, t)
 
-    for _ in range(800):
-        t = torch.randint(1000, (512,), generator=generator)
+    for _ in range(300):
+        t = torch.randint(1000, (256,), generator=generator)
         _, logit_real = fake_score(diffused(mean_p, t), t, cond)
         _, logit_fake = fake_score(diffused(mean_q, t), t, cond)
         losses.gan_critic_loss(logit_real, logit_fake).mean().backward()
@@ -486,18 +423,16 @@ def test_gan_head_learns_the_log_ratio_of_two_gaussians():
         optimizer.zero_grad()
         decay.step()
     for level in (50, 300, 600):
-        t = torch.full((512,), level)
+        t = torch.full((256,), level)
         alpha, sigma = model.schedule.alpha[level], model.schedule.sigma[level]
-        x_t = torch.cat(
-            [diffused(mean_p, t)[:256], diffused(mean_q, t)[:256]]
-        )  # half of each: where both have density
+        # Half of each: where both have density.
+        x_t = torch.cat([diffused(mean_p, t)[:128], diffused(mean_q, t)[:128]])
         with torch.no_grad():
             _, logit = fake_score(x_t, t, cond)
         to_p = (x_t[..., 0, 0] - alpha * mean_p).square().sum(1)
         to_q = (x_t[..., 0, 0] - alpha * mean_q).square().sum(1)
         exact = (to_q - to_p) / (2 * (alpha**2 * deviation**2 + sigma**2))
-        assert (logit - exact).square().mean().sqrt() < 0.25
-        assert exact.std() < 0.3 or torch.corrcoef(torch.stack([logit, exact]))[0, 1] > 0.97
+        assert (logit - exact).square().mean().sqrt() < 0.25 * exact.std()
 
 
 def test_surrogate_loss_has_the_direction_as_its_gradient():
@@ -533,9 +468,7 @@ def test_deterministic_sampler_agrees_with_ddim(steps, prediction):
     schedule = SCHEDULES["vp"]
     x0_of, noise = exact_x0(schedule)
     scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
+        **SD_BETAS,
         clip_sample=False,
         timestep_spacing="trailing",
         prediction_type=prediction,
@@ -569,9 +502,7 @@ def test_deterministic_sampler_agrees_with_flow_matching_euler():
     schedule = SCHEDULES["flow"]
     x0_of, noise = exact_x0(schedule)
     timesteps = schedule.timesteps(20)
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=1.0
-    )  # the sigmas we hand over are shifted already
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # what we hand over is shifted already
     scheduler.set_timesteps(sigmas=schedule.sigma[timesteps].tolist())
     x_t = noise
     for t, time in zip(timesteps, scheduler.timesteps):
@@ -587,9 +518,8 @@ def test_deterministic_sampler_agrees_with_euler_on_edm_levels():
     timesteps = schedule.timesteps(20)
     scheduler = EulerDiscreteScheduler(prediction_type="sample", timestep_spacing="trailing")
     scheduler.set_timesteps(20)
-    scheduler.sigmas = torch.cat(
-        [schedule.sigma[timesteps], torch.zeros(1)]
-    )  # the same Euler step at EDM's noise levels
+    # The same Euler step at EDM's noise levels.
+    scheduler.sigmas = torch.cat([schedule.sigma[timesteps], torch.zeros(1)])
     x_t = 80.0 * noise
     for t, time in zip(timesteps, scheduler.timesteps):
         x_t = scheduler.step(x0_of(x_t, t), time, x_t).prev_sample
@@ -606,22 +536,16 @@ def test_few_step_sampler_agrees_with_lcm():
 
     class EpsNetwork(torch.nn.Module):
         def forward(self, sample, timestep, return_dict):
-            x_t, time = sample, timestep
-            return (output_of("epsilon", x0_of(x_t, time[0]), x_t, *schedule.at(time.long(), x_t)),)
+            x0, at = x0_of(sample, timestep[0]), schedule.at(timestep.long(), sample)
+            return (output_of("epsilon", x0, sample, *at),)
 
-    scheduler = LCMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False
-    )
+    scheduler = LCMScheduler(**SD_BETAS, clip_sample=False)
     scheduler.set_timesteps(timesteps=timesteps)
     generator.manual_seed(1)
     x_t = torch.randn(6, 1, 3, 3, generator=generator)  # noise[0]; LCM itself then draws noise[1:]
     for t in scheduler.timesteps:
         eps = output_of("epsilon", x0_of(x_t, t), x_t, schedule.alpha[t], schedule.sigma[t])
         x_t = scheduler.step(eps, t, x_t, generator=generator).prev_sample
-    ours = models.few_step_sample(
-        models.Denoiser(EpsNetwork(), schedule, "epsilon", FAMILY), noise, {}, timesteps
-    )
+    denoiser = models.Denoiser(EpsNetwork(), schedule, "epsilon", FAMILY)
+    ours = models.few_step_sample(denoiser, noise, {}, timesteps)
     torch.testing.assert_close(ours, x_t, atol=1e-4, rtol=1e-4)
-
-
-# ----------------------------------------------------------------------------- the training steps

@@ -1,6 +1,7 @@
 """What the tests share. pytest reads this before any test file, so before torch is imported."""
 
 import os
+import shutil
 
 # xdist runs one worker for each core; more threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,18 +11,26 @@ import pytest
 import data
 import fsdp
 import models
-from lab import plane
+import train
+from lab import health, plane, trials
+from support.judges import world
 from tests import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
-def float32_and_few_teacher_steps():
-    """Training is in float32 here, whatever this processor has: equalities are to be seen. A run's
-    images of the teacher would cost more than the rest of a tiny run."""
+def float32_and_small_measurements():
+    """Training is in float32 here, whatever this processor has: equalities are to be seen. What
+    would cost more than the rest of a tiny run is small: the teacher's images, the plane's fit and
+    its table, the embedded world's reference, the images of a watched run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fsdp, "default_dtype", float32_everywhere)
         patch.setattr(models.Model, "default_teacher_steps", 2)
         patch.setattr(models.ClassModel, "default_teacher_steps", 2)
+        patch.setattr(plane.fitted_weights.__wrapped__, "__defaults__", (100, 256))
+        patch.setattr(plane.table_of, "__defaults__", (2, 256))
+        patch.setattr(trials, "SAMPLES", 256)
+        patch.setattr(world, "REFERENCE", 200)
+        patch.setattr(health, "SAMPLES", 20)
         yield
 
 
@@ -62,3 +71,29 @@ def prompts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     return tiny.write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def plane_run(tmp_path_factory):
+    """A finished run of the plane; not to be changed."""
+    out = tmp_path_factory.mktemp("runs") / "plane"
+    tiny.call(plane, f"{tiny.PLANE} --iterations 4 --out {out}")
+    return out
+
+
+@pytest.fixture
+def run(plane_run, tmp_path):
+    """A copy of it to be spoilt."""
+    return shutil.copytree(plane_run, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def lora_runs(folders, prompts, tmp_path_factory):
+    """A finished run of a LoRA of each kind; not to be changed."""
+    pytest.importorskip("peft")
+    place = tmp_path_factory.mktemp("lora")
+    for name in folders:
+        flags = f"--model {folders[name]} --prompts {prompts} --gan-weight 0 {tiny.SMALL}"
+        flags += " --iterations 4 --lora 4 --lora-alpha 2 --learning-rate 1e-2"
+        tiny.call(train, flags, "--out", place / name)
+    return place

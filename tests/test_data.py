@@ -2,6 +2,7 @@
 DMD2's LMDBs. Damaged and unfitting ones are refused in one line."""
 
 import pickle
+import re
 import shutil
 import sys
 
@@ -16,12 +17,9 @@ import train
 from lab import faults
 from support import images as image_files
 from support import shards
-from support.cli import UserError
 from support.prompt_files import read_prompts
 from support.shards import as_sample
-from tests.tiny import PROMPTS, Trap, call, refused, write_pipeline
-
-SMALL = "--batch-size 2 --fake-updates 2 --warmup 0 --iterations 2 --save-every 2 --device cpu"
+from tests.tiny import PROMPTS, SMALL, Trap, call, one_line, refused, write_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +37,6 @@ def shards_of_four(monkeypatch):
 # ----------------------------------------------------------------------------- prompts
 
 
-def test_prompts_in_files(tmp_path):
-    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfred apple\r\n\n  caf\xc3\xa9 \nrocket")
-    assert read_prompts(tmp_path / "prompts.txt") == ["red apple", "café", "rocket"]
-    for value in (PROMPTS, tuple(PROMPTS), dict(enumerate(PROMPTS))):
-        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-            (tmp_path / "prompts.pkl").write_bytes(pickle.dumps(value, protocol))
-            assert read_prompts(tmp_path / "prompts.pkl") == PROMPTS
-
-
 def test_bad_prompt_files_are_refused_and_not_executed(tmp_path):
     file = tmp_path / "prompts.pkl"
     bad = {
@@ -58,12 +47,8 @@ def test_bad_prompt_files_are_refused_and_not_executed(tmp_path):
     }
     for content, says in bad.items():
         file.write_bytes(content)
-        with pytest.raises(UserError, match=says):
-            read_prompts(file)
+        assert re.search(says, one_line(read_prompts, file))
     assert not (tmp_path / "sprung").exists()
-    (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not UTF-8 text"):
-        read_prompts(tmp_path / "prompts.txt")
 
 
 # ----------------------------------------------------------------------------- folders of images
@@ -86,14 +71,6 @@ def test_images_are_shrunk_and_cut_around_their_centre(tmp_path):
     tall = Image.fromarray(wide.permute(1, 0, 2).contiguous().numpy())
     tall.save(tmp_path / "tall.jpg", exif=exif)
     assert load_image(tmp_path / "tall.jpg", 10).min() > 0.5
-
-
-def test_captions_beside_the_images(images, tmp_path):
-    for i in range(3):
-        shutil.copy(images / f"{i}.png", tmp_path)
-        (tmp_path / f"{i}.txt").write_text(f"caption {i}\n")
-    captions = [caption for _, caption in image_files.list_images(tmp_path)]
-    assert captions == ["caption 0", "caption 1", "caption 2"]
 
 
 def test_bad_images_are_named_and_left_out_up_to_a_share(folders, images, sd15, tmp_path, capsys):
@@ -145,8 +122,8 @@ def test_latents_are_made_once_and_gone_on_with_where_it_stopped(
     content = bytearray(first.read_bytes())
     content[-1] ^= 1
     first.write_bytes(content)
-    with pytest.raises(UserError, match="00000.safetensors is damaged: it is not what was writt"):
-        data.real_data(model, out)
+    says = one_line(data.real_data, model, out)
+    assert "00000.safetensors is damaged: it is not what was writt" in says
     data.make_latents(out, config, model)
     assert second.stat().st_mtime_ns == written
     assert torch.equal(data.real_data(model, out).read(range(6))[0], x)
@@ -271,12 +248,10 @@ def test_bad_lmdbs(sd15, tmp_path):
         "hole": "hole: entry 17 of 40 has 2 bytes of latents, not 512",
         "text": "cannot be read",
     }.items():
-        with pytest.raises(UserError, match=says):
-            data.real_data(sd15, tmp_path / name)
+        assert re.search(says, one_line(data.real_data, sd15, tmp_path / name))
 
 
 def test_an_lmdb_without_the_package_is_one_line(sd15, tmp_path, monkeypatch):
     (tmp_path / "data.mdb").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(UserError, match="--real .* pip install lmdb"):
-        data.real_data(sd15, tmp_path)
+    assert re.search("--real .* pip install lmdb", one_line(data.real_data, sd15, tmp_path))

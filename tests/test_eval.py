@@ -12,36 +12,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import data
 import eval as evaluation
 import models
 import sample
+import train
 from lab import faults
+from models import ASSETS
 from support import edm, metrics, protocols, students
-from support.cli import UserError
-from support.families import FAMILIES
 from support.judges.clip import Clip
 from support.judges.gauges import Gauges
 from support.judges.pickscore import PickScore
 from support.judges.world import WorldJudge
 from support.protocols import PROTOCOLS
-from tests.tiny import run
+from tests.tiny import Trap, call, edit_json, edm_denoiser, one_line, refused
 
-ROOT = Path(__file__).resolve().parents[1]
-CLASSES = [
-    "--model",
-    "emoji-classes",
-    "--samples",
-    24,
-    "--batch-size",
-    10,
-    "--teacher-steps",
-    2,
-    "--device",
-    "cpu",
-]
+ROOT = ASSETS.parent
+CLASSES = "--model emoji-classes --samples 24 --batch-size 10 --teacher-steps 2 --device cpu"
 
 
 def report(out):
@@ -52,33 +42,19 @@ def rows(out):
     return {row.pop("label"): row for row in report(out)["rows"]}
 
 
+def evaluated(flags, out):
+    """The rows of a table that eval.py makes, by their labels."""
+    call(evaluation, f"{flags} --out {out}")
+    return rows(out)
+
+
 @pytest.fixture(scope="module")
 def class_runs(tmp_path_factory):
-    """Two runs of the class-conditional teacher, of four iterations each, that differ in their
-    seed."""
+    """Two runs of the class-conditional teacher, of four iterations and of one."""
     folder = tmp_path_factory.mktemp("classes")
-    for seed in (0, 1):
-        assert (
-            run(
-                "train",
-                f"@{ROOT / 'recipes' / 'emoji-classes.args'}",
-                "--gan-weight",
-                0,
-                "--iterations",
-                4,
-                "--batch-size",
-                4,
-                "--fake-updates",
-                1,
-                "--save-every",
-                2,
-                "--seed",
-                seed,
-                "--out",
-                folder / str(seed),
-            )
-            == 0
-        )
+    flags = f"@{ROOT}/recipes/emoji-classes.args --gan-weight 0 --batch-size 4 --fake-updates 1"
+    call(train, f"{flags} --iterations 4 --save-every 2 --out {folder}/0")
+    call(train, f"{flags} --iterations 1 --out {folder}/1")
     return folder / "0", folder / "1"
 
 
@@ -99,30 +75,22 @@ def test_fid_of_two_gaussians_is_the_closed_form():
     """Diagonal covariances: |mean difference|^2 + sum of (deviation differences)^2; and the
     estimate from samples comes near."""
     generator = torch.Generator().manual_seed(0)
-    mean_a, mean_b = (torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(2))
-    deviation_a, deviation_b = (
-        torch.rand(6, generator=generator, dtype=torch.float64) + 0.5 for _ in range(2)
-    )
-    exact = ((mean_a - mean_b) ** 2).sum() + ((deviation_a - deviation_b) ** 2).sum()
-    a, b = (
-        metrics.Gaussian(mean, torch.diag(deviation**2))
-        for mean, deviation in ((mean_a, deviation_a), (mean_b, deviation_b))
-    )
-    assert metrics.frechet_distance(a, b) == pytest.approx(exact.item(), rel=1e-12)
-    features = [
-        mean + deviation * torch.randn(100_000, 6, generator=generator, dtype=torch.float64)
-        for mean, deviation in ((mean_a, deviation_a), (mean_b, deviation_b))
-    ]
-    assert metrics.frechet_distance(*map(metrics.Gaussian.of, features)) == pytest.approx(
-        exact.item(), rel=0.02
-    )
+    means = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+    deviations = torch.rand(2, 6, generator=generator, dtype=torch.float64) + 0.5
+    exact = (means.diff(dim=0).square() + deviations.diff(dim=0).square()).sum().item()
+    gaussians = [metrics.Gaussian(m, torch.diag(d**2)) for m, d in zip(means, deviations)]
+    assert metrics.frechet_distance(*gaussians) == pytest.approx(exact, rel=1e-12)
+    noise = torch.randn(2, 100_000, 6, generator=generator, dtype=torch.float64)
+    features = means[:, None] + deviations[:, None] * noise
+    estimate = metrics.frechet_distance(*map(metrics.Gaussian.of, features))
+    assert estimate == pytest.approx(exact, rel=0.02)
 
 
 def test_fid_of_a_set_with_itself_is_zero_also_where_features_outnumber_images():
     features = torch.randn(30, 100, generator=torch.Generator().manual_seed(0))
-    assert metrics.frechet_distance(
-        metrics.Gaussian.of(features), metrics.Gaussian.of(features)
-    ) == pytest.approx(0, abs=1e-5)
+    own = metrics.Gaussian.of(features)
+    same = metrics.Gaussian.of(features)
+    assert metrics.frechet_distance(own, same) == pytest.approx(0, abs=1e-5)
 
 
 def test_frechet_distances_do_not_depend_on_which_matrices_are_small():
@@ -136,13 +104,9 @@ def test_frechet_distances_do_not_depend_on_which_matrices_are_small():
     few, many, others = map(metrics.Gaussian.of, (few, many, many[:9]))
     assert few.factor is not None and many.factor is None and others.factor is not None
     for a, b in ((few, many), (many, few), (few, others), (many, many)):
-        trace = torch.linalg.eigvals(a.covariance @ b.covariance).sqrt().real.sum()
-        expected = (
-            (a.mean - b.mean).square().sum()
-            + a.covariance.trace()
-            + b.covariance.trace()
-            - 2 * trace
-        )
+        root = torch.linalg.eigvals(a.covariance @ b.covariance).sqrt().real.sum()
+        expected = (a.mean - b.mean).square().sum() - 2 * root
+        expected += a.covariance.trace() + b.covariance.trace()
         assert metrics.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
 
 
@@ -150,9 +114,7 @@ def test_standard_errors_are_those_of_many_repetitions():
     """Of a mean, of a paired difference and of a Frechet distance, each against the spread over
     fresh sets."""
     generator = torch.Generator().manual_seed(0)
-    reference = metrics.Gaussian(
-        torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
-    )
+    reference = metrics.Gaussian(torch.zeros(2).double(), torch.eye(2).double())
     draws = {"mean": [], "difference": [], "frechet": []}
     for repeat in range(200):
         x = torch.randn(200, 2, generator=generator, dtype=torch.float64) + 0.5
@@ -183,18 +145,16 @@ def test_coverage_counts_distinct_right_images():
         kinds = staticmethod(lambda prompt: 4)
 
     nearest = torch.tensor([0, 0, -1, 1, 1, 1, 0, 2, 3])  # three repetitions of three
-    assert metrics.coverage_metric(nearest, ["a"] * 9, Judge)["coverage"].value == pytest.approx(
-        (1 / 4 + 1 / 4 + 3 / 4) / 3
-    )
+    found = metrics.coverage_metric(nearest, ["a"] * 9, Judge)["coverage"]
+    assert found.value == pytest.approx((1 / 4 + 1 / 4 + 3 / 4) / 3)
     assert metrics.coverage_metric(nearest[:2], ["a"] * 2, Judge) == {}
 
 
 def test_diversity_is_the_distance_of_images_of_one_prompt():
     thumbnails = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
     thumbnails[1] = 255
-    assert metrics.diversity_metric(thumbnails, ["a", "a", "b", "b"])[
-        "diversity"
-    ].value == pytest.approx(0.5)  # 1 and 0
+    found = metrics.diversity_metric(thumbnails, ["a", "a", "b", "b"])["diversity"]
+    assert found.value == pytest.approx(0.5)  # 1 and 0
     assert metrics.diversity_metric(thumbnails, ["a", "b", "c", "d"]) == {}
 
 
@@ -202,63 +162,41 @@ def test_gauges_of_known_images():
     red, grey = torch.zeros(3, 8, 8), torch.full((3, 8, 8), 0.5)
     red[0] = 1
     found = Gauges()([red, grey], {"whole": torch.stack([red, grey])}, ["", ""])
-    assert (
-        found["saturation"].tolist() == [1, 0]
-        and found["mean"].tolist() == [pytest.approx(1 / 3), 0.5]
-        and found["deviation"][1] == 0
-    )
+    assert found["saturation"].tolist() == [1, 0]
+    assert found["mean"].tolist() == [pytest.approx(1 / 3), 0.5]
+    assert found["deviation"][1] == 0
 
 
 # ----------------------------------------------------------------------------- protocols
 
 
-def test_protocols_cut_and_resize_as_their_sources_do(tmp_path):
+def test_protocols_cut_and_resize_as_their_sources_do():
     """By hand with PIL: DMD2's CenterCropLongEdge and Lanczos; its 299x299 crop; clean-fid's float
     bicubic, channel by channel."""
     wide = torch.rand(3, 40, 71, generator=torch.Generator().manual_seed(0))
-    pixels = (wide.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    whole = protocols.views_of(
-        [wide],
-        protocols.Protocol(
-            1, None, {"whole": (protocols.square, 16), "patch": (protocols.patch, 20)}, "clean", ""
-        ),
-    )
-    by_hand = np.asarray(
-        Image.fromarray(pixels[:, 16:56]).resize((16, 16), Image.Resampling.LANCZOS)
-    )  # (71 - 40) / 2 = 15.5, which rounds to 16
-    assert torch.equal(
-        (whole["whole"][0] * 255).round().to(torch.uint8),
-        torch.from_numpy(by_hand.copy()).permute(2, 0, 1),
-    )
-    assert protocols.patch(protocols.to_pil(wide), 60).size == (
-        60,
-        60,
-    )  # smaller than that, and yet of one size with the others
-    assert torch.equal(
-        (whole["patch"][0] * 255).round(),
-        torch.from_numpy(pixels[10:30, 26:46].copy()).permute(2, 0, 1).float(),
-    )
-    clean = protocols.clean_resize(whole["whole"])
-    channel = np.asarray(
-        Image.fromarray(by_hand[..., 1].astype(np.float32), "F").resize(
-            (299, 299), Image.Resampling.BICUBIC
-        )
-    ).clip(0, 255)
-    assert clean.shape == (1, 3, 299, 299) and torch.equal(
-        clean[0, 1], torch.from_numpy(channel.copy())
-    )
+    pixels = np.asarray(protocols.to_pil(wide))
+    views = {"whole": (protocols.square, 16), "patch": (protocols.patch, 20)}
+    found = protocols.views_of([wide], protocols.Protocol(1, None, views, "clean", ""))
+    # (71 - 40) / 2 = 15.5, which rounds to 16
+    by_hand = Image.fromarray(pixels[:, 16:56]).resize((16, 16), Image.Resampling.LANCZOS)
+    by_hand = np.asarray(by_hand)
+    assert np.array_equal(protocols.to_pil(found["whole"][0]), by_hand)
+    assert np.array_equal(protocols.to_pil(found["patch"][0]), pixels[10:30, 26:46])
+    # An image that is smaller than the patch gives one of the same size as the others.
+    assert protocols.patch(protocols.to_pil(wide), 60).size == (60, 60)
+    clean = protocols.clean_resize(found["whole"])
+    channel = Image.fromarray(by_hand[..., 1].astype(np.float32), "F")
+    channel = np.asarray(channel.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255)
+    assert clean.shape == (1, 3, 299, 299) and np.array_equal(clean[0, 1], channel)
 
 
 def test_images_of_several_sizes_are_refused_unless_something_makes_them_alike():
     several = [torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)]
-    with pytest.raises(UserError, match="several sizes, such as 8x8 and 8x9"):
-        protocols.views_of(several, PROTOCOLS["as-is"])
-    with pytest.raises(
-        UserError, match="an image has 32x32 pixels; this protocol compares images of 64x64"
-    ):
-        protocols.views_of(
-            [torch.zeros(3, 64, 64), torch.zeros(3, 32, 32)], PROTOCOLS["imagenet64-50k"]
-        )
+    says = one_line(protocols.views_of, several, PROTOCOLS["as-is"])
+    assert "several sizes, such as 8x8 and 8x9" in says
+    others = [torch.zeros(3, 64, 64), torch.zeros(3, 32, 32)]
+    says = one_line(protocols.views_of, others, PROTOCOLS["imagenet64-50k"])
+    assert "an image has 32x32 pixels; this protocol compares images of 64x64" in says
     assert protocols.views_of(several, PROTOCOLS["coco30k-256"])["whole"].shape == (2, 3, 256, 256)
 
 
@@ -294,162 +232,72 @@ def two_folders(tmp_path_factory):
 
 def test_numbers_are_those_of_torch_fidelity_s_own_command(inception, two_folders, tmp_path):
     a, b = two_folders
-    command = [
-        sys.executable,
-        "-m",
-        "torch_fidelity.fidelity",
-        "--cpu",
-        "--json",
-        "--silent",
-        "--fid",
-        "--isc",
-        "--kid",
-        "--prc",
-        "--kid-subset-size",
-        10,
-        "--batch-size",
-        12,
-        "--no-cache",
-        "--feature-extractor",
-        "inception-v3-compat",
-        "--feature-extractor-weights-path",
-        inception,
-        "--input1",
-        a,
-        "--input2",
-        b,
-    ]
-    library = json.loads(
-        subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
-    )
-    assert (
-        run(
-            "eval",
-            "--images",
-            a,
-            "--reference",
-            b,
-            "--inception",
-            inception,
-            "--device",
-            "cpu",
-            "--out",
-            tmp_path,
-        )
-        == 0
-    )
-    own = rows(tmp_path)[str(a)]
+    command = "-m torch_fidelity.fidelity --cpu --json --silent --fid --isc --kid --prc"
+    command += " --kid-subset-size 10 --batch-size 12 --no-cache --feature-extractor"
+    command += f" inception-v3-compat --feature-extractor-weights-path {inception}"
+    words = [sys.executable, *command.split(), "--input1", a, "--input2", b]
+    printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    library = json.loads(printed)
+    flags = f"--images {a} --reference {b} --inception {inception} --device cpu"
+    own = evaluated(flags, tmp_path)[str(a)]
     assert own["fid"]["value"] > 1 and own["is"]["value"] > 1.001  # numbers that could be wrong
-    assert own["fid"]["value"] == pytest.approx(
-        library["frechet_inception_distance"], rel=1e-3
-    )  # its root of a covariance of rank 11 is good to as much
-    for name, theirs in (
-        ("kid", "kernel_inception_distance_mean"),
-        ("is", "inception_score_mean"),
-        ("precision", "precision"),
-        ("recall", "recall"),
-    ):
+    # The library's root of a covariance of rank 11 is good to as much.
+    fid = library["frechet_inception_distance"]
+    assert own["fid"]["value"] == pytest.approx(fid, rel=1e-3)
+    names = {"kid": "kernel_inception_distance_mean", "is": "inception_score_mean"}
+    for name, theirs in (names | {"precision": "precision", "recall": "recall"}).items():
         assert own[name]["value"] == pytest.approx(library[theirs], rel=1e-4, abs=1e-9), name
-    warnings = report(tmp_path)["warnings"]
-    assert any("not the published ones" in text for text in warnings) and any(
-        "a fid of 12 images, fewer than features" in text for text in warnings
-    )
+    warnings = " ".join(report(tmp_path)["warnings"])
+    assert "not the published ones" in warnings
+    assert "a fid of 12 images, fewer than features" in warnings
 
 
-def test_statistics_of_a_reference_give_what_its_folder_gives(
-    inception, two_folders, tmp_path, capsys
-):
+def test_statistics_of_a_reference_give_what_its_folder_gives(inception, two_folders, tmp_path):
     a, b = two_folders
-    flags = ["--inception", inception, "--device", "cpu"]
-    assert (
-        run(
-            "eval",
-            "--write-reference",
-            tmp_path / "b.npz",
-            "--reference",
-            b,
-            *flags,
-            "--out",
-            tmp_path / "write",
-        )
-        == 0
-    )
-    for name, reference in (("folder", b), ("file", tmp_path / "b.npz")):
-        assert (
-            run("eval", "--images", a, "--reference", reference, *flags, "--out", tmp_path / name)
-            == 0
-        )
-    numbers = lambda out: {
-        name: (metric["value"], metric["standard_error"] or 0)
-        for name, metric in rows(out)[str(a)].items()
-    }
-    for name, metric in numbers(tmp_path / "folder").items():
-        assert metric == pytest.approx(numbers(tmp_path / "file")[name], rel=1e-6), name
+    flags = f"--inception {inception} --device cpu"
+    write = f"--write-reference {tmp_path}/b.npz --reference {b}"
+    call(evaluation, f"{write} {flags} --out {tmp_path}/write")
+
+    def against(reference, name):
+        found = evaluated(f"--images {a} --reference {reference} {flags}", tmp_path / name)
+        return found[str(a)]
+
+    folder, file = against(b, "folder"), against(tmp_path / "b.npz", "file")
+    for name, metric in folder.items():
+        for number in ("value", "standard_error"):
+            expected = pytest.approx(file[name][number] or 0, rel=1e-6)
+            assert (metric[number] or 0) == expected, name
 
     with np.load(tmp_path / "b.npz") as archive:  # EDM's format: mu and sigma alone
         np.savez(tmp_path / "edm.npz", mu=archive["mu"], sigma=archive["sigma"])
-    assert (
-        run(
-            "eval",
-            "--images",
-            a,
-            "--reference",
-            tmp_path / "edm.npz",
-            *flags,
-            "--out",
-            tmp_path / "edm",
-        )
-        == 0
-    )
-    own = rows(tmp_path / "edm")[str(a)]
-    assert own["fid"] == rows(tmp_path / "file")[str(a)]["fid"] and "kid" not in own
-    assert any(
-        "does not hold what kid, precision and recall need" in text
-        for text in report(tmp_path / "edm")["warnings"]
-    )
+    own = against(tmp_path / "edm.npz", "edm")
+    assert own["fid"] == file["fid"] and "kid" not in own
+    warnings = " ".join(report(tmp_path / "edm")["warnings"])
+    assert "does not hold what kid, precision and recall need" in warnings
 
     np.savez(tmp_path / "vgg.npz", mu=np.zeros(4096), sigma=np.eye(4096))
     other = inception.with_name("other.pth")
-    torch.save(
-        {
-            name: tensor + 1e-3 if tensor.is_floating_point() else tensor
-            for name, tensor in torch.load(inception, weights_only=True).items()
-        },
-        other,
-    )
+    weights = torch.load(inception, weights_only=True)
+    for tensor in weights.values():
+        if tensor.is_floating_point():
+            tensor += 1e-3
+    torch.save(weights, other)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:5000])
     np.savez(tmp_path / "pickled.npz", mu=np.array([{}], dtype=object), sigma=np.eye(2))
     for reference, network, says in (
-        (tmp_path / "vgg.npz", inception, "of another feature extractor: mu (4096,)"),
-        (tmp_path / "b.npz", other, "made in another way: inception was"),
-        (tmp_path / "cut.npz", inception, "no .npz with mu and sigma"),
-        (tmp_path / "pickled.npz", inception, "no .npz with mu and sigma"),
-        (tmp_path / "absent.npz", inception, "there is no such file"),
+        ("vgg.npz", inception, "of another feature extractor: mu (4096,)"),
+        ("b.npz", other, "made in another way: inception was"),
+        ("cut.npz", inception, "no .npz with mu and sigma"),
+        ("pickled.npz", inception, "no .npz with mu and sigma"),
+        ("absent.npz", inception, "there is no such file"),
     ):
-        capsys.readouterr()
-        assert (
-            run(
-                "eval",
-                "--images",
-                a,
-                "--reference",
-                reference,
-                "--inception",
-                network,
-                "--device",
-                "cpu",
-                "--out",
-                tmp_path / "bad",
-            )
-            == 2
-        )
-        assert says in capsys.readouterr().err and not (tmp_path / "bad" / "metrics.json").exists()
+        bad = f"--images {a} --reference {tmp_path}/{reference} --inception {network} --device cpu"
+        assert says in refused(evaluation, f"{bad} --out {tmp_path}/bad")
+        assert not (tmp_path / "bad" / "metrics.json").exists()
 
 
-def test_weights_that_are_missing_or_hold_code_are_one_line(two_folders, tmp_path, capsys):
+def test_weights_that_are_missing_or_hold_code_are_one_line(two_folders, tmp_path):
     pytest.importorskip("torch_fidelity")
-    from tests.test_edm import Trap
-
     torch.save(Trap(tmp_path / "sprung"), tmp_path / "trap.pth")
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
     for name, says in (
@@ -457,20 +305,8 @@ def test_weights_that_are_missing_or_hold_code_are_one_line(two_folders, tmp_pat
         ("trap.pth", "holds more than weights"),
         ("other.pth", "is no network of torch-fidelity"),
     ):
-        assert (
-            run(
-                "eval",
-                "--images",
-                two_folders[0],
-                "--inception",
-                tmp_path / name,
-                "--out",
-                tmp_path / "out",
-            )
-            == 2
-        )
-        printed = capsys.readouterr().err
-        assert says in printed and printed.count("\n") == 1
+        flags = f"--images {two_folders[0]} --inception {tmp_path}/{name} --out {tmp_path}/out"
+        assert says in refused(evaluation, flags)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -482,79 +318,36 @@ def test_patch_fid_reads_the_middle_of_the_image_as_it_was_drawn(inception, tmp_
         framed = Image.new("RGB", (320, 320), "red")
         framed.paste(Image.open(file).crop((10, 10, 309, 309)), (10, 10))
         framed.save(tmp_path / "b" / file.name)
-    flags = ["--protocol", "coco10k-512", "--inception", inception, "--device", "cpu"]
-    assert (
-        run(
-            "eval",
-            "--images",
-            tmp_path / "a",
-            "--reference",
-            tmp_path / "b",
-            *flags,
-            "--out",
-            tmp_path / "out",
-        )
-        == 0
-    )
-    own = rows(tmp_path / "out")[str(tmp_path / "a")]
-    assert (
-        own["patch fid"]["value"] == pytest.approx(0, abs=1e-4)
-        and own["fid"]["value"] > 100 * abs(own["patch fid"]["value"]) + 0.01
-    )
-    assert (
-        "4 of the 10,000 images of coco10k-512" in " ".join(report(tmp_path / "out")["warnings"])
-        and "published: SDXL" in (tmp_path / "out" / "table.txt").read_text()
-    )
+    flags = f"--protocol coco10k-512 --inception {inception} --device cpu"
+    flags += f" --images {tmp_path}/a --reference {tmp_path}/b"
+    own = evaluated(flags, tmp_path / "out")[str(tmp_path / "a")]
+    assert own["patch fid"]["value"] == pytest.approx(0, abs=1e-4)
+    assert own["fid"]["value"] > 100 * abs(own["patch fid"]["value"]) + 0.01
+    warnings = " ".join(report(tmp_path / "out")["warnings"])
+    assert "4 of the 10,000 images of coco10k-512" in warnings
+    assert "published: SDXL" in (tmp_path / "out" / "table.txt").read_text()
 
 
 @pytest.mark.slow
 def test_two_processes_write_the_reference_of_one_and_say_what_it_lacks(
     inception, two_folders, tmp_path, capsys
 ):
-    flags = [
-        "--protocol",
-        "coco30k-256",
-        "--reference",
-        two_folders[1],
-        "--inception",
-        inception,
-        "--device",
-        "cpu",
-    ]
-    assert (
-        run("eval", "--write-reference", tmp_path / "one.npz", *flags, "--out", tmp_path / "one")
-        == 0
-    )
-    assert (
-        "WARNING: the reference has 10 images; that of coco30k-256 has 40,504"
-        in capsys.readouterr().out
-    )
-    more = ["--write-reference", tmp_path / "two.npz", "--batch-size", 50]
-    more += ["--out", tmp_path / "two"]
-    statuses, printed = faults.on_ranks(evaluation.main, tmp_path / "log", *flags, *more)
+    flags = f"--protocol coco30k-256 --inception {inception} --device cpu"
+    reference = f"--reference {two_folders[1]} --write-reference {tmp_path}"
+    call(evaluation, f"{flags} {reference}/one.npz --out {tmp_path}/one")
+    printed = capsys.readouterr().out
+    assert "WARNING: the reference has 10 images; that of coco30k-256 has 40,504" in printed
+    words = f"{flags} {reference}/two.npz --out {tmp_path}/two --batch-size 50".split()
+    statuses, printed = faults.on_ranks(evaluation.main, tmp_path / "log", *words)
     assert statuses == [0, 0], printed
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
-        assert str(one["about"]) == str(two["about"]) and all(
-            np.allclose(one[name], two[name], rtol=1e-3, atol=1e-4)
-            for name in ("mu", "sigma", "features")
-        )  # they have a thread each
-    again = [
-        "--images",
-        two_folders[0],
-        "--protocol",
-        "coco30k-256",
-        "--reference",
-        tmp_path / "one.npz",
-        "--inception",
-        inception,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "out",
-    ]
-    assert run("eval", *again) == 0 and any(
-        "that of coco30k-256 has 40,504" in text for text in report(tmp_path / "out")["warnings"]
-    )
+        assert str(one["about"]) == str(two["about"])
+        for name in ("mu", "sigma", "features"):  # the two have a thread each
+            np.testing.assert_allclose(one[name], two[name], rtol=1e-3, atol=1e-4)
+    again = f"{flags} --images {two_folders[0]} --reference {tmp_path}/one.npz"
+    call(evaluation, f"{again} --out {tmp_path}/out")
+    warnings = " ".join(report(tmp_path / "out")["warnings"])
+    assert "that of coco30k-256 has 40,504" in warnings
 
 
 # ----------------------------------------------------------------------------- CLIP and PickScore
@@ -569,54 +362,35 @@ def clip_folder(tmp_path_factory):
     words = data.EMBEDDED["world"] / "tokenizer"
     tokenizer = CLIPTokenizer.from_pretrained(words, model_max_length=24)
     torch.manual_seed(0)
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     text = dict(
         vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
         max_position_embeddings=24,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
-    vision = dict(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-    )
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(
-        folder
-    )
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    ).save_pretrained(folder)
+    vision = dict(image_size=32, patch_size=8)
+    config = CLIPConfig(text_config=size | text, vision_config=size | vision, projection_dim=8)
+    edges = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    for part in (CLIPModel(config), tokenizer, CLIPImageProcessorPil(**edges)):
+        part.save_pretrained(folder)
     return folder
 
 
-def clip_by_hand(folder, image, tokens, prepare):
+def clip_by_hand(folder, image, tokens):
+    """(the cosine of an image of 32x32 pixels and of tokens, CLIP's scale)"""
     network = CLIPModel.from_pretrained(folder).eval()
-    pixels = (
-        np.asarray(prepare(image).resize((32, 32), Image.Resampling.BICUBIC)).astype(np.float32)
-        / 255
-    )
-    pixels = (pixels - np.array([0.48145466, 0.4578275, 0.40821073], np.float32)) / np.array(
-        [0.26862954, 0.26130258, 0.27577711], np.float32
-    )
+    mean = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+    deviation = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+    pixels = (np.asarray(image).astype(np.float32) / 255 - mean) / deviation
+    pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    end = tokens.index(network.config.text_config.eos_token_id)
     with torch.no_grad():
-        image = network.visual_projection(
-            network.vision_model(
-                pixel_values=torch.from_numpy(pixels).permute(2, 0, 1)[None]
-            ).pooler_output
-        )[0]
+        pooled = network.vision_model(pixel_values=pixels).pooler_output
+        image = network.visual_projection(pooled)[0]
         hidden = network.text_model(input_ids=torch.tensor([tokens])).last_hidden_state[0]
-        text = network.text_projection(
-            hidden[tokens.index(network.config.text_config.eos_token_id)]
-        )
+        text = network.text_projection(hidden[end])
     return (image @ text / image.norm() / text.norm()).item(), network.logit_scale.exp().item()
 
 
@@ -630,115 +404,80 @@ def test_clip_score_and_pickscore_equal_a_hand_computation(clip_folder, prompt):
     words = lambda text: tokenizer(text, add_special_tokens=False).input_ids
     cut = [start, *words(prompt)[: length - 2], end]
     image = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(0))
-    pil = protocols.to_pil(image)
+    pil, two, prompts = protocols.to_pil(image), [image, image], ["cat face", prompt]
     tokens = [start, *words("A photo depicts "), *cut[1:]][:length]
     tokens[-1] = end
-    cosine, scale = clip_by_hand(
-        clip_folder,
-        pil,
-        tokens,
-        lambda p: p.crop((5, 0, 45, 40)).resize((256, 256), Image.Resampling.LANCZOS),
-    )
-    two = [image, image]
-    found = Clip(str(clip_folder), "clip", "cpu")(two, {}, ["cat face", prompt])["clip"]
+    square = pil.crop((5, 0, 45, 40)).resize((256, 256), Image.Resampling.LANCZOS)
+    square = square.resize((32, 32), Image.Resampling.BICUBIC)
+    cosine, scale = clip_by_hand(clip_folder, square, tokens)
+    found = Clip(str(clip_folder), "clip", "cpu")(two, {}, prompts)["clip"]
     assert found[1].item() == pytest.approx(cosine, abs=1e-5) and found[0] != found[1]
 
     # PickScore: no prefix, the shorter side to 32, then the middle.
-    wide = lambda p: p.resize((40, 32), Image.Resampling.BICUBIC).crop((4, 0, 36, 32))
-    cosine, scale = clip_by_hand(clip_folder, pil, cut, wide)
-    assert PickScore(str(clip_folder), "pickscore", "cpu")(two, {}, ["cat face", prompt])[
-        "pickscore"
-    ][1].item() == pytest.approx(scale * cosine, abs=1e-4 * scale)
+    middle = pil.resize((40, 32), Image.Resampling.BICUBIC).crop((4, 0, 36, 32))
+    cosine, scale = clip_by_hand(clip_folder, middle, cut)
+    found = PickScore(str(clip_folder), "pickscore", "cpu")(two, {}, prompts)["pickscore"]
+    assert found[1].item() == pytest.approx(scale * cosine, abs=1e-4 * scale)
 
 
 def test_text_scores_in_the_table_and_captions_of_folders(clip_folder, tmp_path):
     folder = write_images(tmp_path / "captioned", 4)
     for i in range(4):
         (folder / f"{i:03d}.txt").write_text("cat face")
-    assert (
-        run(
-            "eval",
-            "--images",
-            folder,
-            "--clip",
-            clip_folder,
-            "--pickscore",
-            clip_folder,
-            "--out",
-            tmp_path / "out",
-        )
-        == 0
-    )
-    own = rows(tmp_path / "out")[str(folder)]
+    flags = f"--images {folder} --clip {clip_folder} --pickscore {clip_folder}"
+    own = evaluated(flags, tmp_path / "out")[str(folder)]
     judge = Clip(str(clip_folder), "clip", "cpu")
-    by_hand = (
-        judge(
-            [protocols.from_pil(Image.open(folder / f"{i:03d}.png")) for i in range(4)],
-            {},
-            ["cat face"] * 4,
-        )["clip"]
-        .mean()
-        .item()
-    )
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == {str(folder): 4}
-    assert (
-        own["clip tiny-clip"]["value"] == pytest.approx(by_hand, abs=1e-6)
-        and own["pickscore"]["standard_error"] > 0
-    )
+    images = [protocols.from_pil(Image.open(file)) for file in sorted(folder.glob("*.png"))]
+    by_hand = judge(images, {}, ["cat face"] * 4)["clip"].mean().item()
+    assert report(tmp_path / "out")["images"] == {str(folder): 4}
+    assert own["clip tiny-clip"]["value"] == pytest.approx(by_hand, abs=1e-6)
+    assert own["pickscore"]["standard_error"] > 0
 
 
 @pytest.mark.parametrize(
     "flags, says",
     [
         (
-            ["--clip", "no/such-clip-model"],
-            "hf download no/such-clip-model --local-dir DIR, then --clip DIR",
+            "--clip no/such-clip-model",
+            "hf download no/such-clip-model --local-dir DIR, then --clip",
         ),
-        (["--pickscore", "/absent"], "--pickscore /absent is not on this machine"),
-        (["--image-reward"], "--image-reward"),
+        ("--pickscore /absent", "--pickscore /absent is not on this machine"),
+        ("--image-reward", "--image-reward"),
     ],
 )
 def test_models_that_are_not_here_are_one_line(flags, says, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HF_HUB_OFFLINE", True
-    )  # which else tries for a minute
-    write_images(tmp_path / "some", 2)
-    assert run("eval", "--images", tmp_path / "some", *flags, "--out", tmp_path / "out") == 2
-    printed = capsys.readouterr().err
-    assert says in printed and printed.count("\n") == 1
+    # Without this it tries for a minute.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    images = write_images(tmp_path / "some", 2)
+    assert says in refused(evaluation, f"--images {images} {flags} --out {tmp_path}/out")
+    assert not capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------- whole evaluations
 
 
-def test_class_conditional_students_are_compared_from_the_same_noise(class_runs, tmp_path, capsys):
+def test_class_conditional_students_are_compared_from_the_same_noise(class_runs, tmp_path):
     one, two = class_runs
     shutil.copytree(one, tmp_path / "copy")
-    assert (
-        run("eval", "--compare", one, two, tmp_path / "copy", *CLASSES, "--out", tmp_path / "out")
-        == 0
-    )
-    own = rows(tmp_path / "out")
+    flags = f"--compare {one} {two} {tmp_path}/copy {CLASSES}"
+    own = evaluated(flags, tmp_path / "out")
+    teacher = "teacher, 2 steps, heun, 3 passes, guidance 1"
     labels = ["0, 1 step", "1, 1 step", "copy, 1 step"]
-    assert list(own) == ["teacher, 2 steps, heun, 3 passes, guidance 1", *labels, "real images"]
+    assert list(own) == [teacher, *labels, "real images"]
     assert own[labels[0]] == own[labels[2]] != own[labels[1]]
     found = report(tmp_path / "out")
-    assert (
-        found["versions"]["torch"] == torch.__version__
-        and found["weights"][labels[0]] == found["weights"][labels[2]]
-        and found["seed"] == 0
-    )
+    assert found["versions"]["torch"] == torch.__version__ and found["seed"] == 0
+    assert found["weights"][labels[0]] == found["weights"][labels[2]]
     assert {"0", "1"} <= set(found["health"]) and found["protocol"] == "emoji-classes"
-    difference = found["differences_to_first"][0]["mean"]
-    assert difference["value"] == pytest.approx(
-        own[labels[0]]["mean"]["value"] - own[next(iter(own))]["mean"]["value"], abs=1e-9
-    )
+    difference = own[labels[0]]["mean"]["value"] - own[teacher]["mean"]["value"]
+    said = found["differences_to_first"][0]["mean"]["value"]
+    assert said == pytest.approx(difference, abs=1e-9)
     assert "95 % intervals" in (tmp_path / "out" / "table.txt").read_text()
 
 
 def test_an_evaluation_goes_on_where_it_was_and_mends_damaged_parts(class_runs, tmp_path):
-    flags = ["--student", class_runs[0], *CLASSES]
-    assert run("eval", *flags, "--out", tmp_path / "whole") == 0
+    flags = f"--student {class_runs[0]} {CLASSES}"
+    whole = evaluated(flags, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     parts = sorted((tmp_path / "parts" / "parts").rglob("*.safetensors"))
     times = {path: path.stat().st_mtime_ns for path in parts}
@@ -747,306 +486,182 @@ def test_an_evaluation_goes_on_where_it_was_and_mends_damaged_parts(class_runs, 
     content[-1] ^= 1
     parts[4].write_bytes(content)
     parts[7].write_bytes(parts[7].read_bytes()[:50])
-    assert run("eval", *flags, "--out", tmp_path / "parts") == 0
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
-    assert [path for path in parts if path.stat().st_mtime_ns == times[path]] == [
-        path for i, path in enumerate(parts) if i not in (0, 4, 7)
-    ]
+    assert evaluated(flags, tmp_path / "parts") == whole
+    made_again = [i for i, path in enumerate(parts) if path.stat().st_mtime_ns != times[path]]
+    assert made_again == [0, 4, 7]
 
 
 @pytest.mark.slow
 def test_two_processes_get_the_numbers_of_one(class_runs, tmp_path):
-    flags = ["--student", class_runs[0], *CLASSES]
-    assert run("eval", *flags, "--out", tmp_path / "one") == 0
-    flags += ["--out", tmp_path / "two"]
-    statuses, printed = faults.on_ranks(evaluation.main, tmp_path / "log", *flags)
+    """To rounding: a process under torchrun has one thread."""
+    flags = f"--student {class_runs[0]} {CLASSES}"
+    one = evaluated(flags, tmp_path / "one")
+    words = f"{flags} --out {tmp_path}/two".split()
+    statuses, printed = faults.on_ranks(evaluation.main, tmp_path / "log", *words)
     assert statuses == [0, 0], printed
-    one, two = (
-        rows(tmp_path / "one"),
-        rows(tmp_path / "two"),
-    )  # to rounding: a process under torchrun has one thread
+    two = rows(tmp_path / "two")
     assert one.keys() == two.keys() and report(tmp_path / "two")["processes"] == 2
     for label in one:
         for name, metric in one[label].items():
-            assert two[label][name]["value"] == pytest.approx(
-                metric["value"], rel=1e-3, abs=1e-4
-            ), (label, name)
+            expected = pytest.approx(metric["value"], rel=1e-3, abs=1e-4)
+            assert two[label][name]["value"] == expected, (label, name)
 
 
 def test_other_settings_draw_other_images_and_keep_the_first_ones(class_runs, tmp_path):
-    flags = ["--student", class_runs[0], *CLASSES, "--out", tmp_path]
-    assert run("eval", *flags) == 0
-    first, before = rows(tmp_path), len(list((tmp_path / "parts").iterdir()))
-    assert run("eval", *flags, "--seed", 1) == 0
-    assert rows(tmp_path) != first and len(list((tmp_path / "parts").iterdir())) > before
-    assert run("eval", *flags) == 0 and rows(tmp_path) == first
+    flags = f"--student {class_runs[0]} {CLASSES}"
+    first = evaluated(flags, tmp_path)
+    before = len(list((tmp_path / "parts").iterdir()))
+    assert evaluated(f"{flags} --seed 1", tmp_path) != first
+    assert len(list((tmp_path / "parts").iterdir())) > before
+    assert evaluated(flags, tmp_path) == first
 
 
-def test_a_checkpoint_is_a_student(class_runs):
+def test_a_checkpoint_is_a_student(class_runs, tmp_path):
     model = models.load_model(data.model_path("emoji-classes"))
-    last, earlier = (
-        students.load_student(class_runs[0] / "checkpoints" / name, model)
-        for name in ("000004", "000002")
-    )
-    student = students.load_student(class_runs[0], model)
-    same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
-    assert same(last, student) and not same(earlier, student)
-    damaged = class_runs[1].parent / "damaged"
-    shutil.copytree(class_runs[1], damaged)
-    file = next((damaged / "checkpoints" / "000004").glob("*.safetensors"))
+    run = shutil.copytree(class_runs[0], tmp_path / "run")
+    last, earlier = run / "checkpoints" / "000004", run / "checkpoints" / "000002"
+    parts = (students.load_student(folder, model) for folder in (run, last, earlier))
+    expected, same, other = (list(student.parameters()) for student in parts)
+    assert all(map(torch.equal, same, expected)) and not all(map(torch.equal, other, expected))
+    file = next(last.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match="is damaged"):
-        students.load_student(damaged / "checkpoints" / "000004", model)
+    assert "is damaged" in one_line(students.load_student, last, model)
 
 
-def test_a_checkpoint_of_a_lora_is_a_student_of_its_own_teacher_alone(tmp_path):
-    pytest.importorskip("peft")
-    assert (
-        run(
-            "train",
-            "--gan-weight",
-            0,
-            "--lora",
-            4,
-            "--iterations",
-            2,
-            "--batch-size",
-            2,
-            "--fake-updates",
-            1,
-            "--student-steps",
-            1,
-            "--save-every",
-            2,
-            "--out",
-            tmp_path / "run",
-        )
-        == 0
-    )
-    model = models.load_model(data.EMBEDDED["world"])
-    checkpoint, merged = (
-        students.load_student(tmp_path / "run" / "checkpoints" / "000002", model),
-        students.load_student(tmp_path / "run", model),
-    )
-    x, cond = torch.randn(2, *model.sample_shape), model.encode(["cat face", "rainbow"])
-    torch.testing.assert_close(checkpoint(x, 999, cond), merged(x, 999, cond), rtol=1e-3, atol=1e-3)
-    assert not torch.equal(checkpoint(x, 999, cond), model.denoiser(x, 999, cond))
-    with torch.no_grad():
-        next(model.denoiser.parameters()).add_(1e-3)
-    with pytest.raises(UserError, match="holds a LoRA of another teacher"):
-        students.load_student(tmp_path / "run" / "checkpoints" / "000002", model)
-
-
-def test_images_of_no_numbers_are_one_line(class_runs, tmp_path, capsys):
-    from safetensors.torch import load_file, save_file
-
+def test_images_of_no_numbers_are_one_line(class_runs, tmp_path):
     shutil.copytree(class_runs[0], tmp_path / "run")
     file = tmp_path / "run" / "student" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["conv_out.weight"] = torch.full_like(weights["conv_out.weight"], 3e38)
     save_file(weights, file)
-    flags = [*CLASSES, "--no-teacher", "--out", tmp_path / "out"]
-    assert run("eval", "--student", tmp_path / "run", *flags) == 1
-    assert "student, 1 step: the samples hold NaN or infinity" in capsys.readouterr().err
+    flags = f"--student {tmp_path}/run {CLASSES} --no-teacher --out {tmp_path}/out"
+    says = refused(evaluation, flags, status=1)
+    assert "student, 1 step: the samples hold NaN or infinity" in says
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
-def test_prompts_of_a_class_conditional_model_are_labels_or_names(tmp_path, capsys):
+def test_prompts_of_a_class_conditional_model_are_labels_or_names(tmp_path):
     (tmp_path / "names.txt").write_text("cat\nFace\n7\n")
-    flags = [
-        "--model",
-        "emoji-classes",
-        "--teacher-only",
-        "--teacher-steps",
-        2,
-        "--steps",
-        1,
-        "--samples",
-        6,
-        "--device",
-        "cpu",
-    ]
-    assert run("eval", *flags, "--prompts", tmp_path / "names.txt", "--out", tmp_path / "out") == 0
     (tmp_path / "bad.txt").write_text("12\n")
-    assert run("eval", *flags, "--prompts", tmp_path / "bad.txt", "--out", tmp_path / "bad") == 2
-    assert (
-        "'12' is no prompt of" in capsys.readouterr().err
-        and not (tmp_path / "bad" / "metrics.json").exists()
-    )
+    flags = "--model emoji-classes --teacher-only --teacher-steps 2 --steps 1 --samples 6"
+    flags += f" --device cpu --out {tmp_path}/out --prompts {tmp_path}"
+    assert "'12' is no prompt of" in refused(evaluation, f"{flags}/bad.txt")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    call(evaluation, f"{flags}/names.txt")
 
 
-def test_a_text_model_with_prompts_of_a_file(clip_folder, tmp_path, capsys):
+def test_a_text_model_with_prompts_of_a_file(clip_folder, tmp_path):
     """A model that is not embedded: as-is, repeated prompts for diversity, and CLIP."""
     shutil.copytree(data.EMBEDDED["world"], tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("cat face\ntomato on blue\nrainbow\n")
-    flags = [
-        "--model",
-        tmp_path / "model",
-        "--teacher-only",
-        "--teacher-steps",
-        2,
-        "--device",
-        "cpu",
-    ]
-    assert (
-        run(
-            "eval",
-            *flags,
-            "--prompts",
-            tmp_path / "prompts.txt",
-            "--clip",
-            clip_folder,
-            "--out",
-            tmp_path / "out",
-        )
-        == 0
-    )
+    flags = f"--model {tmp_path}/model --teacher-only --teacher-steps 2 --device cpu"
+    flags += f" --out {tmp_path}/out"
+    assert "needs --prompts FILE" in refused(evaluation, flags)
+    call(evaluation, f"{flags} --prompts {tmp_path}/prompts.txt --clip {clip_folder}")
     found = report(tmp_path / "out")
-    assert (found["samples"], found["repeated_prompts"]) == (3, 24) and {
-        "clip tiny-clip",
-        "diversity",
-    } <= found["rows"][0].keys()
-    assert (
-        run("eval", *flags, "--out", tmp_path / "none") == 2
-        and "needs --prompts FILE" in capsys.readouterr().err
-    )
+    assert (found["samples"], found["repeated_prompts"]) == (3, 24)
+    assert {"clip tiny-clip", "diversity"} <= found["rows"][0].keys()
 
 
 def test_names_of_classes(tmp_path):
     model = models.load_model(data.model_path("emoji-classes"))
-    assert (
-        model.encode(["cat", "7", ""])["class_labels"].tolist() == [7, 7, 10]
-        and model.caption("7") == "7 cat"
-    )
-    with pytest.raises(UserError, match="Did you mean 'heart'"):
-        model.encode(["hart"])
-    names = edm.label_names(tmp_path, 1001, models.ASSETS)
-    assert (
-        names[207] == "golden retriever" and names[388] == "giant panda" and len(set(names)) == 1000
-    )
+    assert model.encode(["cat", "7", ""])["class_labels"].tolist() == [7, 7, 10]
+    assert model.caption("7") == "7 cat"
+    assert "Did you mean 'heart'" in one_line(model.encode, ["hart"])
+    names = edm.label_names(tmp_path, 1001, ASSETS)
+    assert names[207] == "golden retriever" and names[388] == "giant panda"
+    assert len(set(names)) == 1000
     (tmp_path / "labels.txt").write_text("a\nb\n")
-    with pytest.raises(UserError, match="has 2 names for 10 labels"):
-        edm.label_names(tmp_path, 11, models.ASSETS)
+    says = one_line(edm.label_names, tmp_path, 11, ASSETS)
+    assert "has 2 names for 10 labels" in says
 
 
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        (
-            ["--protocol", "imagenet64-50k", "--model", "emoji-classes", "--teacher-only"],
-            "of images of 64x64; .* draws 16x16",
-        ),
-        (["--protocol", "emoji-classes", "--teacher-only"], "of images of 16x16"),
-        (
-            ["--protocol", "imagenet64-50k", "--teacher-only"],
-            "is of labels, which .* does not take",
-        ),
-        (["--protocol", "as-is", "--teacher-only"], "needs --prompts FILE"),
-        (["--student", "a", "--compare", "b"], "use one"),
-        (["--write-reference", "x.npz"], "needs --reference FOLDER"),
-        (["--sampler", "heun", "--teacher-only"], "--sampler heun is for EDM's networks"),
-        (["--images", "absent"], "there is no folder of images absent"),
-        (
-            ["--teacher-only", "--no-teacher", "--model", ROOT / "assets" / "edm" / "edm_tiny.pkl"],
-            "no row is left to judge",
-        ),
-        (["--write-reference", "x.npz", "--reference", "y", "--images", "z"], "judges nothing"),
-        (
-            ["--images", ROOT / "assets", "--reference", "absent.npz"],
-            "--reference absent.npz: there is no such file",
-        ),
-        (["--images", ROOT / "assets", ROOT / "assets"], "two rows of the table are .*assets"),
-        (
-            ["--model", "emoji-classes", "--teacher-only", "--clip", "vit-b/32"],
-            "by captions; the prompts of .* are labels",
-        ),
-    ],
-)
-def test_bad_input(flags, says, tmp_path, capsys):
-    assert run("eval", *flags, "--out", tmp_path / "out") == 2
-    printed = capsys.readouterr().err
-    assert re.search(says, printed) and printed.count("\n") == 1
+BAD = [
+    (
+        "--protocol imagenet64-50k --model emoji-classes --teacher-only",
+        "of images of 64x64; .* draws 16x16",
+    ),
+    ("--protocol emoji-classes --teacher-only", "of images of 16x16"),
+    ("--protocol imagenet64-50k --teacher-only", "is of labels, which .* does not take"),
+    ("--protocol as-is --teacher-only", "needs --prompts FILE"),
+    ("--student a --compare b", "use one"),
+    ("--write-reference x.npz", "needs --reference FOLDER"),
+    ("--sampler heun --teacher-only", "--sampler heun is for EDM's networks"),
+    ("--images absent", "there is no folder of images absent"),
+    (
+        f"--teacher-only --no-teacher --model {ASSETS}/edm/edm_tiny.pkl",
+        "no row is left to judge",
+    ),
+    ("--write-reference x.npz --reference y --images z", "judges nothing"),
+    (f"--images {ASSETS} --reference absent.npz", "--reference absent.npz: there is no such file"),
+    (f"--images {ASSETS} {ASSETS}", "two rows of the table are .*assets"),
+    (
+        "--model emoji-classes --teacher-only --clip vit-b/32",
+        "by captions; the prompts of .* are labels",
+    ),
+]
+
+
+@pytest.mark.parametrize("flags, says", BAD)
+def test_bad_input(flags, says, tmp_path):
+    assert re.search(says, refused(evaluation, f"{flags} --out {tmp_path}/out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_the_embedded_set_judges_images_with_captions_only(tmp_path, capsys):
+def test_the_embedded_set_judges_images_with_captions_only(tmp_path):
     folder = write_images(tmp_path / "some", 2, size=64)
-    assert run("eval", "--protocol", "world", "--images", folder, "--out", tmp_path / "out") == 2
-    assert "the embedded world has no scene ''" in capsys.readouterr().err
+    flags = f"--protocol world --images {folder}"
+    says = refused(evaluation, f"{flags} --out {tmp_path}/out")
+    assert "the embedded world has no scene ''" in says
     for i, caption in enumerate(("cat face", "guitar above rainbow")):
         own = WorldJudge().real([caption], seed=i)[0]
         protocols.to_pil(own).save(folder / f"{i:03d}.png")
         (folder / f"{i:03d}.txt").write_text(caption)
-    assert run("eval", "--protocol", "world", "--images", folder, "--out", tmp_path / "out") == 0
-    assert rows(tmp_path / "out")[str(folder)]["alignment"]["value"] == 1
+    assert evaluated(flags, tmp_path / "out")[str(folder)]["alignment"]["value"] == 1
 
 
-def test_images_without_captions_are_not_judged_by_them(clip_folder, tmp_path, capsys):
+def test_images_without_captions_are_not_judged_by_them(clip_folder, tmp_path):
     folder = write_images(tmp_path / "some", 3)
-    assert run("eval", "--images", folder, "--clip", clip_folder, "--out", tmp_path / "out") == 2
-    assert (
-        "--clip judges images by their captions, and 3 of 3 in" in capsys.readouterr().err
-        and not (tmp_path / "out").exists()
-    )
+    flags = f"--images {folder} --clip {clip_folder} --out {tmp_path}/out"
+    says = refused(evaluation, flags)
+    assert "--clip judges images by their captions, and 3 of 3 in" in says
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_teacher_is_the_same_whatever_it_is_called(class_runs, tmp_path):
     shutil.copytree(class_runs[0], tmp_path / "other")
-    config = json.loads((tmp_path / "other" / "config.json").read_text())
-    (tmp_path / "other" / "config.json").write_text(
-        json.dumps(config | {"model": str(data.EMBEDDED["emoji-classes"]), "guidance": 2.0})
-    )
-    assert (
-        run(
-            "eval",
-            "--compare",
-            class_runs[0],
-            tmp_path / "other",
-            *CLASSES[2:],
-            "--no-teacher",
-            "--out",
-            tmp_path / "out",
-        )
-        == 0
-    )
-    assert any(
-        "distilled with different guidance: 0 1.0, other 2.0" in text
-        for text in report(tmp_path / "out")["warnings"]
-    )
-    assert list(rows(tmp_path / "out")) == ["0, 1 step", "other, 1 step", "real images"]
+    changes = {"model": str(data.EMBEDDED["emoji-classes"]), "guidance": 2.0}
+    edit_json(tmp_path / "other" / "config.json", **changes)
+    flags = f"--compare {class_runs[0]} {tmp_path}/other --no-teacher"
+    flags += f" {CLASSES.removeprefix('--model emoji-classes')}"
+    own = evaluated(flags, tmp_path / "out")
+    assert list(own) == ["0, 1 step", "other, 1 step", "real images"]
+    warnings = " ".join(report(tmp_path / "out")["warnings"])
+    assert "distilled with different guidance: 0 1.0, other 2.0" in warnings
 
 
-def test_students_of_different_teachers_need_one_to_be_named(class_runs, tmp_path, capsys):
+def test_students_of_different_teachers_need_one_to_be_named(class_runs, tmp_path):
     shutil.copytree(class_runs[0], tmp_path / "other")
-    config = json.loads((tmp_path / "other" / "config.json").read_text())
-    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"model": "sd15"}))
-    assert (
-        run("eval", "--compare", class_runs[0], tmp_path / "other", "--out", tmp_path / "out") == 2
-    )
-    assert "the students have different teachers" in capsys.readouterr().err
+    edit_json(tmp_path / "other" / "config.json", model="sd15")
+    flags = f"--compare {class_runs[0]} {tmp_path}/other --out {tmp_path}/out"
+    assert "the students have different teachers" in refused(evaluation, flags)
 
 
-def test_corrupt_images_are_named_and_counted(tmp_path, capsys):
+def test_corrupt_images_are_named_and_counted(tmp_path):
     folder = write_images(tmp_path / "some", 150)
     (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:40])
-    assert run("eval", "--images", folder, "--out", tmp_path / "out") == 0
+    flags = f"--images {folder}"
+    mean = evaluated(flags, tmp_path / "out")[str(folder)]["mean"]["value"]
     found = report(tmp_path / "out")
-    assert list(found["left_out"]) == [str(folder / "003.png")] and any(
-        "1 of 150 images" in text for text in found["warnings"]
-    )
+    assert list(found["left_out"]) == [str(folder / "003.png")]
+    assert "1 of 150 images" in " ".join(found["warnings"])
     assert "WARNING: 1 of 150 images" in (tmp_path / "out" / "table.txt").read_text()
-    mean = rows(tmp_path / "out")[str(folder)]["mean"]["value"]
     Image.new("RGB", (32, 32)).save(folder / "005.png")  # another image under the name is noticed
-    assert (
-        run("eval", "--images", folder, "--out", tmp_path / "out") == 0
-        and rows(tmp_path / "out")[str(folder)]["mean"]["value"] < mean
-    )
+    assert evaluated(flags, tmp_path / "out")[str(folder)]["mean"]["value"] < mean
     (folder / "004.png").write_text("no image")
-    assert run("eval", "--images", folder, "--out", tmp_path / "bad") == 2
-    assert (
-        "2 of the 150 images in" in capsys.readouterr().err
-        and not (tmp_path / "bad" / "metrics.json").exists()
-    )
+    says = refused(evaluation, f"{flags} --out {tmp_path}/bad")
+    assert "2 of the 150 images in" in says
+    assert not (tmp_path / "bad" / "metrics.json").exists()
 
 
 # ----------------------------------------------------------------------- samplers of EDM's networks
@@ -1055,42 +670,27 @@ def test_corrupt_images_are_named_and_counted(tmp_path, capsys):
 def test_stochastic_sampler_is_edm_s():
     """Algorithm 2 of 2206.00364 as it is printed, with the paper's numbers for ImageNet-64, on the
     embedded teacher."""
-    assert (
-        sample.stochastic_levels(256).sigma[256:].max() == 80
-    )  # beyond S_max nothing is added; below it 40 / 256
-    ratio = sample.stochastic_levels(256).sigma[256:] / sample.stochastic_levels(256).sigma[:256]
-    assert (
-        torch.where(ratio > 1, ratio, 1 + 40 / 256).sub(1 + 40 / 256).abs().max() < 1e-5
-        and 1 < (ratio == 1).sum() < 256
-    )
+    low, high = sample.stochastic_levels(256).sigma.split(256)
+    assert high.max() == 80  # beyond S_max nothing is added; below it 40 / 256
+    ratio = high / low
+    assert (ratio[ratio > 1] - (1 + 40 / 256)).abs().max() < 1e-5
+    assert 1 < (ratio == 1).sum() < 256
     model, steps = models.load_model(data.model_path("emoji-classes")), 6
-    levels = models.edm_schedule(steps).sigma.double().flip(0)
-
-    def D(x, level):
-        table = models.Schedule(torch.ones(1), level.float()[None], level.float()[None].log() / 4)
-        return models.Denoiser(model.denoiser.network, table, "edm", FAMILIES["UNet2DModel"])(
-            x, 0, cond
-        )
-
     noise, cond = sample.column_noise(model, 2, steps, 0), model.encode(["0", "9"])
-    sigma = [*levels, torch.tensor(0.0)]
+    sigma = [*models.edm_schedule(steps).sigma.double().flip(0), torch.tensor(0.0)]
+    D = edm_denoiser(model, cond)
     with torch.no_grad():
         x = noise[0] * 80
         for i in range(steps):
             gamma = min(40 / steps, math.sqrt(2) - 1) if 0.05 <= sigma[i] <= 50 else 0
             raised = sigma[i] * (1 + gamma)
-            x = (
-                x + (raised**2 - sigma[i] ** 2).sqrt() * 1.003 * noise[min(i + 1, steps - 1)]
-            ).float()
+            eps = 1.003 * noise[min(i + 1, steps - 1)]
+            x = (x + (raised**2 - sigma[i] ** 2).sqrt() * eps).float()
             d = (x - D(x, raised)) / raised
             x_next = x + (sigma[i + 1] - raised) * d
             if sigma[i + 1] > 0:
-                x_next = (
-                    x
-                    + (sigma[i + 1] - raised)
-                    * (d + (x_next - D(x_next.float(), sigma[i + 1])) / sigma[i + 1])
-                    / 2
-                )
+                d_next = (x_next - D(x_next.float(), sigma[i + 1])) / sigma[i + 1]
+                x_next = x + (sigma[i + 1] - raised) * (d + d_next) / 2
             x = x_next.float()
     row = sample.TeacherSampler(model, steps, 1.0, "stochastic")
     assert row.noises == steps

@@ -22,6 +22,7 @@ import train
 from lab import plane
 from support.families import TRANSFORMER, Family
 from tests import flows
+from tests.tiny import call, open_in_diffusers, random_image
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,17 +41,8 @@ def test_a_divergence_is_one_line(tmp_path, monkeypatch):
     (slope,) = torch.autograd.grad(((1 - r) ** 2 / r).sum(), r, create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), r)
     torch.testing.assert_close(losses.DIVERGENCES["chi2"](r), r**2 * curvature)
-    flags = [
-        "--divergence",
-        "chi2",
-        "--gan-weight",
-        "0.1",
-        "--iterations",
-        "2",
-        "--batch-size",
-        "8",
-    ]
-    plane.main([*flags, "--out", str(tmp_path / "run")])
+    flags = "--divergence chi2 --gan-weight 0.1 --iterations 2 --batch-size 8"
+    call(plane, f"{flags} --out {tmp_path}/run")
 
 
 def test_a_schedule_of_noise_levels_is_one_line(tmp_path, monkeypatch):
@@ -60,17 +52,8 @@ def test_a_schedule_of_noise_levels_is_one_line(tmp_path, monkeypatch):
     draws = data.Draws(0, 0, 2000)
     t_dm, t_ca = train.draw_levels("reversed", (0.0, 1.0), t_in, 1000, draws)
     assert t_dm.max() < 249 and t_ca.max() > 900
-    flags = [
-        "--schedule",
-        "reversed",
-        "--guidance",
-        "1.5",
-        "--iterations",
-        "2",
-        "--batch-size",
-        "8",
-    ]
-    plane.main([*flags, "--out", str(tmp_path / "run")])
+    flags = "--schedule reversed --guidance 1.5 --iterations 2 --batch-size 8"
+    call(plane, f"{flags} --out {tmp_path}/run")
 
 
 @pytest.fixture
@@ -111,8 +94,7 @@ def test_a_model_family_is_one_row_and_two_short_functions(auraflow, tmp_path, m
     assert model.prediction == "flow" and model.sample_shape == (4, 8, 8)
 
     # Our sampler at diffusers' levels draws what diffusers draws.
-    pipe = AuraFlowPipeline.from_pretrained(auraflow)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = open_in_diffusers(auraflow)
     prompts = ["red apple", "cat face"]
     noise = sample.column_noise(model, 2, 1, seed=0)
     x = sample.TeacherSampler(model, 4, 3.0).draw(noise, model.encode(prompts))
@@ -123,9 +105,8 @@ def test_a_model_family_is_one_row_and_two_short_functions(auraflow, tmp_path, m
 
     # And it is distilled.
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    flags = ["--model", auraflow, "--prompts", tmp_path / "prompts.txt", "--variant", "decoupled"]
-    flags += ["--iterations", 2, "--batch-size", 2, "--out", tmp_path / "run"]
-    train.main([str(word) for word in flags])
+    flags = f"--model {auraflow} --prompts {tmp_path}/prompts.txt --variant decoupled"
+    call(train, f"{flags} --iterations 2 --batch-size 2 --out {tmp_path}/run")
     assert (tmp_path / "run" / "student" / "config.json").is_file()
 
 
@@ -154,8 +135,9 @@ def test_a_judge_is_one_file(tmp_path):
     shutil.copytree(ROOT / "support", tmp_path / "support")
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     (tmp_path / "support" / "judges" / "redness.py").write_text(JUDGE)
-    command = "eval.py --teacher-only --steps 1 --teacher-steps 2 --samples 4 --no-coverage"
-    words = [sys.executable, *command.split(), "--redness", "--device", "cpu"]
+    (tmp_path / "seen").mkdir()
+    random_image(8, 8, seed=0).save(tmp_path / "seen" / "a.png")
+    words = [sys.executable, "eval.py", "--images", "seen", "--redness", "--device", "cpu"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "redness" in done.stdout

@@ -1,6 +1,6 @@
 """Flow models: seven families on tiny random networks, against diffusers' own pipelines."""
 
-import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -16,12 +16,11 @@ import train
 from lab import faults, plane
 from support import flags as cli_flags
 from support import runs, shards, students
-from support.cli import UserError
 from support.networks import Networks, trained
 from tests import flows
 from tests.flows import IMAGE_SIZES
 from tests.test_fsdp import check_same
-from tests.tiny import open_in_diffusers
+from tests.tiny import call, edit_json, one_line, open_in_diffusers, refused, run_card
 
 PROMPTS = ["red apple", "a heart with an arrow in it"]
 SIGMAS = [1.0, 0.75, 0.5, 0.25]  # of four steps, before the shift
@@ -50,6 +49,13 @@ def places(tmp_path_factory):
     return {name: flows.write_flow_pipeline(place / name, name) for name in flows.MAKERS}
 
 
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n".join(PROMPTS))
+    return file
+
+
 def load(places, name, **options):
     return models.load_model(places[name], image_size=IMAGE_SIZES[name], **options)
 
@@ -72,7 +78,7 @@ def test_a_teacher_draws_what_its_pipeline_draws(places, name):
     torch.testing.assert_close(model.decode(x), images, atol=1e-3, rtol=1e-3)
 
 
-def test_a_guided_output_keeps_its_norm_if_that_is_asked_for(places, tmp_path):
+def test_a_guided_output_keeps_its_norm_if_that_is_asked_for(places, prompts_file, tmp_path):
     """Without the flag Lumina 2's is that of its pipeline without cfg_normalization; pairs that
     were made otherwise are refused."""
     place, size = places["lumina2"], IMAGE_SIZES["lumina2"]
@@ -84,27 +90,25 @@ def test_a_guided_output_keeps_its_norm_if_that_is_asked_for(places, tmp_path):
     theirs = open_in_diffusers(place)(prompt=list(PROMPTS), **options).images
     torch.testing.assert_close(x, theirs, atol=1e-4, rtol=1e-4)
 
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS))
-    flags = f"--model {place} --image-size {size} --prompts {prompts} --guidance 2"
+    flags = f"--model {place} --image-size {size} --prompts {prompts_file} --guidance 2"
     made = f"pairs {flags} --count 2 --steps 2 --out {tmp_path}/pairs"
-    data.main(f"{made} --guidance-norm row".split())
+    call(data, f"{made} --guidance-norm row")
     data.Pairs(tmp_path / "pairs", load(places, "lumina2", guidance_norm="row"), 2.0)
-    with pytest.raises(UserError, match="with --guidance-norm row, the run has none"):
-        data.Pairs(tmp_path / "pairs", plain, 2.0)
-    with pytest.raises(UserError, match="--guidance-norm is for flow models"):
-        data.main(["pairs", "--out", str(tmp_path / "other"), "--guidance-norm", "row"])
+    says = one_line(data.Pairs, tmp_path / "pairs", plain, 2.0)
+    assert "with --guidance-norm row, the run has none" in says
+    says = refused(data, f"pairs --out {tmp_path}/other --guidance-norm row")
+    assert "--guidance-norm is for flow models" in says
     other = load(places, "flux2")
     size = 3 * other.image_size // other.sample_shape[1]
-    with pytest.raises(UserError, match="token is of 2x2 latents: 3 a side are odd"):
-        models.load_model(places["flux2"], image_size=size, guidance_norm="token")
+    says = one_line(models.load_model, places["flux2"], image_size=size, guidance_norm="token")
+    assert "token is of 2x2 latents: 3 a side are odd" in says
 
 
 def test_a_run_trains_with_the_norm_that_it_is_told_and_its_student_s_teacher_keeps_it(
-    places, tmp_path
+    places, prompts_file
 ):
-    flags = [*flags_of_a_run(places, "lumina2", tmp_path), "--guidance-norm", "row"]
-    args = train.parse_arguments([str(word) for word in flags])
+    flags = f"{flags_of_a_run(places, 'lumina2', prompts_file)} --guidance-norm row"
+    args = train.parse_arguments(flags.split())
     nets, _ = train.prepare(args)
     asked = cli_flags.sample_parser("").parse_args(["--device", "cpu"])
     model = sample.load_teacher(asked, runs.configuration(args))
@@ -161,20 +165,17 @@ def test_images_are_encoded_as_they_are_decoded(places, name):
 
 
 @pytest.fixture(scope="module")
-def run_of(places, tmp_path_factory):
+def run_of(places, prompts_file, tmp_path_factory):
     """run_of(name, kind): two iterations of Decoupled DMD of a family, of the whole student or of a
     LoRA, when first asked for."""
     place = tmp_path_factory.mktemp("runs")
-    (place / "prompts.txt").write_text("\n".join(PROMPTS))
 
     def run(name, kind):
         out = place / f"{name}-{kind}"
         if not out.exists():
-            flags = ["--model", places[name], "--prompts", place / "prompts.txt", "--ema", 0]
-            flags += ["--variant", "decoupled", "--fake-updates", 1, "--batch-size", 2]
-            flags += ["--iterations", 2, "--student-steps", 2, "--learning-rate", 1e-2]
-            flags += ["--image-size", IMAGE_SIZES[name], "--warmup", 0, "--out", out]
-            train.main([*map(str, flags), *(["--lora", "2"] if kind == "lora" else [])])
+            flags = flags_of_a_run(places, name, prompts_file)
+            flags += " --iterations 2 --student-steps 2 --learning-rate 1e-2 --warmup 0 --ema 0"
+            call(train, f"{flags} --out {out} {'--lora 2' if kind == 'lora' else ''}")
         return out
 
     return run
@@ -213,13 +214,7 @@ def test_a_student_draws_the_same_in_its_pipeline(places, run_of, name, kind, mo
 @pytest.mark.parametrize("name, kind", STUDENTS)
 def test_the_model_card_s_code_draws(places, run_of, name, kind, tmp_path):
     """Its snippet, run as it stands, at the levels that the student was trained for."""
-    folder = run_of(name, kind) / "student"
-    lines = (folder / "README.md").read_text().splitlines()
-    code = "\n".join(line[4:] for line in lines if line.startswith("    "))
-    code = code.replace("path/to/this/folder", str(folder))
-    code = code.replace("image.png", str(tmp_path / "image.png"))
-    space = {}
-    exec(code, space)
+    space = run_card(run_of(name, kind) / "student", tmp_path / "image.png")
     assert Image.open(tmp_path / "image.png").width == IMAGE_SIZES[name]
     schedule = load(places, name).schedule
     levels = schedule.sigma[schedule.timesteps(2)]
@@ -248,33 +243,29 @@ def test_a_card_s_levels_are_the_student_s_whatever_the_pipeline_would_choose(pl
 
 
 @pytest.mark.parametrize("name", some("sd3", "z_image"))
-def test_encoded_prompts_take_the_place_of_text_encoders(places, name, tmp_path):
-    file, folder = tmp_path / "prompts.txt", tmp_path / "encoded"
-    file.write_text("\n".join(PROMPTS))
-    size = ["--image-size", IMAGE_SIZES[name]]
-    command = ["prompts", "--prompts", file, "--out", folder, "--model", places[name]]
-    data.main([*map(str, command)])
+def test_encoded_prompts_take_the_place_of_text_encoders(places, name, prompts_file, tmp_path):
+    folder = tmp_path / "encoded"
+    command = f"prompts --prompts {prompts_file} --out {folder} --model {places[name]}"
+    call(data, command)
     stamp = (folder / "00000.safetensors").stat().st_mtime_ns
-    data.main([*map(str, command)])  # what is whole is not made again
+    call(data, command)  # what is whole is not made again
     assert (folder / "00000.safetensors").stat().st_mtime_ns == stamp
-    whole = load(places, name)
-    model = models.load_model(places[name], image_size=IMAGE_SIZES[name], conditions=folder)
+    whole, model = load(places, name), load(places, name, conditions=folder)
     assert whole.text_encoders and not model.text_encoders
     for text in (*PROMPTS, ""):
         theirs = whole.encode([text])
         for key, value in model.encode([text]).items():
             torch.testing.assert_close(value, theirs[key], atol=1e-5, rtol=1e-5)
-    flags = ["--model", places[name], "--prompts", folder, "--variant", "decoupled", *size]
-    flags += ["--iterations", 2, "--batch-size", 2, "--out", tmp_path / "run"]
-    train.main([*map(str, flags)])
-    with pytest.raises(UserError, match="does not hold the prompt 'rocket' of the real data"):
-        model.encode(["rocket"])
-    with pytest.raises(UserError, match="were made by the weights of .*, which are not those of"):
-        models.load_model(places["sana" if name == "sd3" else "sd3"], conditions=folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"what": "pairs"}))
-    with pytest.raises(UserError, match="there are no encoded prompts in"):
-        models.load_model(places[name], conditions=folder)
+    flags = flags_of_a_run(places, name, folder)
+    call(train, f"{flags} --iterations 2 --out {tmp_path}/run")
+    says = one_line(model.encode, ["rocket"])
+    assert "does not hold the prompt 'rocket' of the real data" in says
+    other = places["sana" if name == "sd3" else "sd3"]
+    says = one_line(models.load_model, other, conditions=folder)
+    assert re.search("were made by the weights of .*, which are not those of", says)
+    edit_json(folder / "config.json", what="pairs")
+    says = one_line(models.load_model, places[name], conditions=folder)
+    assert "there are no encoded prompts in" in says
 
 
 # ----------------------------------------------------------------------------- recipes and switches
@@ -293,13 +284,11 @@ RECIPES_TRIED = some("sd35m_decoupled_4step", of=TEACHERS)
 
 
 @pytest.mark.parametrize("recipe", RECIPES_TRIED)
-def test_every_recipe_makes_two_iterations(places, recipe, tmp_path):
+def test_every_recipe_makes_two_iterations(places, recipe, prompts_file, tmp_path):
     name = TEACHERS[recipe]
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    flags = [f"@{RECIPES / recipe}.args", "--model", places[name], "--out", tmp_path / "run"]
-    flags += ["--prompts", tmp_path / "prompts.txt", "--iterations", 2, "--batch-size", 2]
-    flags += ["--dtype", "float32", "--image-size", IMAGE_SIZES[name]]
-    train.main([*map(str, flags)])
+    flags = f"@{RECIPES}/{recipe}.args --model {places[name]} --prompts {prompts_file}"
+    flags += f" --dtype float32 --image-size {IMAGE_SIZES[name]} --out {tmp_path}/run"
+    call(train, f"{flags} --iterations 2 --batch-size 2")
     assert (tmp_path / "run" / "student" / "README.md").is_file()
 
 
@@ -367,38 +356,29 @@ def test_dm_s_levels_are_shifted_where_batches_are_drawn():
 
 
 def test_ida_wants_two_networks_of_a_kind():
-    with pytest.raises(UserError, match="--ida mixes student and fake score"):
-        train.parse_arguments(["--ida", "0.9", "--lora", "4", "--fake-lora", "0"])
+    says = refused(train, "--ida 0.9 --lora 4 --fake-lora 0")
+    assert "--ida mixes student and fake score" in says
 
 
 # ----------------------------------------------------------------------------- what goes wrong
 
 
-def one_line(error):
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def test_a_missing_text_encoder_is_one_line(places, tmp_path):
     shutil.copytree(places["sana"], tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "text_encoder")
-    with pytest.raises(UserError) as error:
-        models.load_model(tmp_path / "model")
-    assert "text_encoder" in one_line(error)
+    assert "text_encoder" in one_line(models.load_model, tmp_path / "model")
 
 
 def test_latents_and_students_of_another_family_are_one_line(places, run_of, tmp_path):
     model = load(places, "sana")
-    with pytest.raises(UserError) as error:
-        students.load_student(run_of("sd3", "whole"), model)
-    assert "holds a SD3Transformer2DModel, not a SanaTransformer2DModel" in one_line(error)
+    says = one_line(students.load_student, run_of("sd3", "whole"), model)
+    assert "holds a SD3Transformer2DModel, not a SanaTransformer2DModel" in says
     latents = {"x0": torch.zeros(1, 16, 8, 8)}
     shards.write_shard(tmp_path / "00000.safetensors", latents, ["red apple"], {})
     (tmp_path / "config.json").write_text('{"what": "latents", "count": 1}')
     model.encoder_print = None
-    with pytest.raises(UserError) as error:
-        data.real_data(model, tmp_path)
-    assert "of shape (16, 8, 8)" in one_line(error) and "has (8, 8, 8)" in one_line(error)
+    says = one_line(data.real_data, model, tmp_path)
+    assert "of shape (16, 8, 8)" in says and "has (8, 8, 8)" in says
 
 
 def test_a_size_that_is_not_named_is_the_network_s_own(places):
@@ -407,19 +387,15 @@ def test_a_size_that_is_not_named_is_the_network_s_own(places):
 
 
 def test_a_size_that_does_not_fit_is_one_line(places):
-    with pytest.raises(UserError) as error:
-        models.load_model(places["flux"], image_size=18)
-    assert "--image-size 18 is no multiple of 4" in one_line(error)
+    says = one_line(models.load_model, places["flux"], image_size=18)
+    assert "--image-size 18 is no multiple of 4" in says
 
 
-def test_a_distilled_teacher_is_said(places, tmp_path, capsys):
+def test_a_distilled_teacher_is_said(places, prompts_file, tmp_path, capsys):
     shutil.copytree(places["flux2"], tmp_path / "model")
-    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
-    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    flags = ["--model", tmp_path / "model", "--image-size", 16, "--variant", "decoupled"]
-    flags += ["--prompts", tmp_path / "prompts.txt", "--iterations", 1, "--batch-size", 2]
-    train.main([*map(str, flags), "--out", str(tmp_path / "run")])
+    edit_json(tmp_path / "model" / "model_index.json", is_distilled=True)
+    flags = flags_of_a_run({"flux2": tmp_path / "model"}, "flux2", prompts_file)
+    train.prepare(train.parse_arguments([*flags.split(), "--iterations", "1"]))
     assert "is distilled itself" in capsys.readouterr().out
 
 
@@ -429,28 +405,26 @@ def test_a_distilled_teacher_is_said(places, tmp_path, capsys):
 BOTH = ("sd3", "z_image")
 
 
-def flags_of_a_run(places, name, place):
-    (place / "prompts.txt").write_text("\n".join(PROMPTS))
-    flags = ["--model", places[name], "--prompts", place / "prompts.txt", "--variant", "decoupled"]
-    flags += ["--image-size", IMAGE_SIZES[name], "--batch-size", 2, "--fake-updates", 2]
-    return [*flags, "--dtype", "float32"]
+def flags_of_a_run(places, name, prompts):
+    flags = f"--model {places[name]} --prompts {prompts} --variant decoupled --batch-size 2"
+    return f"{flags} --image-size {IMAGE_SIZES[name]} --fake-updates 1 --dtype float32"
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_a_resumed_run_is_an_undisturbed_one_bit_for_bit(places, name, tmp_path):
-    flags = flags_of_a_run(places, name, tmp_path)
-    train.main([*map(str, [*flags, "--iterations", 4, "--out", tmp_path / "whole"])])
-    train.main([*map(str, [*flags, "--iterations", 2, "--out", tmp_path / "halves"])])
-    train.main(["--resume", str(tmp_path / "halves"), "--iterations", "4"])
+def test_a_resumed_run_is_an_undisturbed_one_bit_for_bit(places, name, prompts_file, tmp_path):
+    flags = f"{flags_of_a_run(places, name, prompts_file)} --fake-updates 2 --out {tmp_path}"
+    call(train, f"{flags}/whole --iterations 3")
+    call(train, f"{flags}/halves --iterations 2")
+    call(train, f"--resume {tmp_path}/halves --iterations 3")
     assert faults.same_state(tmp_path / "whole", tmp_path / "halves")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
-def test_two_ranks_make_the_same_run(places, name, tmp_path):
-    flags = flags_of_a_run(places, name, tmp_path)
-    train.main([*map(str, [*flags, "--iterations", 4, "--out", tmp_path / "alone"])])
-    flags += ["--iterations", 4, "--out", tmp_path / "two"]
-    statuses, printed = faults.on_ranks(train.main, tmp_path / "log", *flags)
+def test_two_ranks_make_the_same_run(places, name, prompts_file, tmp_path):
+    flags = f"{flags_of_a_run(places, name, prompts_file)} --fake-updates 2 --iterations 4"
+    call(train, f"{flags} --out {tmp_path}/alone")
+    words = f"{flags} --out {tmp_path}/two".split()
+    statuses, printed = faults.on_ranks(train.main, tmp_path / "log", *words)
     assert statuses == [0, 0], printed
     check_same(tmp_path / "two", tmp_path / "alone")

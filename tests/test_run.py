@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import data
 import eval as evaluation
@@ -16,38 +17,15 @@ import sample
 import train
 from lab import faults, plane
 from support import checkpoint, embedded, runlog
-from support.cli import UserError
 from support.networks import Networks
-
-PLANE = ["--batch-size", "8", "--fake-updates", "2", "--warmup", "0", "--save-every", "2"]
-TINY = [
-    "--batch-size",
-    "2",
-    "--fake-updates",
-    "2",
-    "--warmup",
-    "0",
-    "--save-every",
-    "2",
-]
-
-
-def words(*arguments):
-    return [str(word) for word in arguments]
+from tests.tiny import PLANE, SMALL, call, edit_json, refused
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of the embedded teacher that the tests read, and must not change."""
     out = tmp_path_factory.mktemp("runs") / "four"
-    train.main(words("--out", out, "--iterations", 4, *TINY))
-    return out
-
-
-@pytest.fixture(scope="module")
-def plane_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "plane"
-    plane.main(words("--out", out, "--iterations", 4, *PLANE))
+    call(train, f"{SMALL} --iterations 4 --out {out}")
     return out
 
 
@@ -76,7 +54,7 @@ def test_run_directory(finished):
 
 
 def test_metrics_have_a_row_each_ten_iterations_and_the_rest(tmp_path):
-    plane.main(words("--out", tmp_path / "run", "--iterations", 23, *PLANE))
+    call(plane, f"{PLANE} --iterations 23 --out {tmp_path}/run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [10, 20, 23]
 
@@ -93,55 +71,33 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_resumed_run_is_an_undisturbed_one_bit_for_bit(name, pairs, tmp_path):
-    flags = [*PLANE, *VARIANTS[name].format(pairs=pairs).split()]
-    plane.main(words("--out", tmp_path / "whole", "--iterations", 5, *flags))
-    plane.main(words("--out", tmp_path / "halves", "--iterations", 3, *flags))
-    plane.main(words("--resume", tmp_path / "halves", "--iterations", 5))
+    flags = f"{PLANE} {VARIANTS[name].format(pairs=pairs)} --out {tmp_path}"
+    call(plane, f"{flags}/whole --iterations 5")
+    call(plane, f"{flags}/halves --iterations 3")
+    call(plane, f"--resume {tmp_path}/halves --iterations 5")
     assert faults.same_state(tmp_path / "whole", tmp_path / "halves")
 
 
-def test_a_damaged_checkpoint_is_passed_over(plane_run, tmp_path, capsys):
-    shutil.copytree(plane_run, tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "000004" / "manifest.json").unlink()
-    plane.main(words("--resume", tmp_path / "run"))
+def test_a_damaged_checkpoint_is_passed_over(run, plane_run, capsys):
+    (run / "checkpoints" / "000004" / "manifest.json").unlink()
+    call(plane, f"--resume {run}")
     printed = capsys.readouterr().out
     assert "000004 is damaged" in printed and "checkpoints/000002" in printed
-    assert faults.same_state(tmp_path / "run", plane_run)
+    assert faults.same_state(run, plane_run)
 
 
-def test_flags_override_a_resumed_run_s_and_are_kept(plane_run, tmp_path, capsys):
-    shutil.copytree(plane_run, tmp_path / "run")
-    plane.main(words("--resume", tmp_path / "run", "--iterations", 6, "--learning-rate", 1e-5))
+def test_flags_override_a_resumed_run_s_and_are_kept(run, capsys):
+    call(plane, f"--resume {run} --iterations 6 --learning-rate 1e-5")
     printed = capsys.readouterr().out
     assert "changed: iterations was 4, is 6" in printed
     assert "changed: learning_rate was 0.001, is 1e-05" in printed
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config = json.loads((run / "config.json").read_text())
     assert config["learning_rate"] == 1e-5 and config["iterations"] == 6
 
 
-@pytest.mark.parametrize(
-    "spoil, says",
-    [
-        ({"launcher": "runs.evil"}, "a flag that is not known: launcher"),
-        ({"track": "runs.evil"}, "invalid choice: 'runs.evil'"),
-        ({"batch_size": -4}, "not a whole number above 0"),
-        ({"variant": "dmd3"}, "'dmd3' is not one of"),
-        ({"divergence": "kl"}, "'kl' is not one of"),
-        ({"noise_levels": ["@/etc/passwd", 1]}, "should be numbers"),
-    ],
-)
-def test_saved_flags_go_through_the_parser(spoil, says, plane_run, tmp_path):
-    shutil.copytree(plane_run, tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config | spoil))
-    with pytest.raises(UserError, match=says):
-        plane.main(words("--resume", tmp_path / "run"))
-
-
 def test_init_takes_student_and_fake_score_and_makes_the_rest_anew(plane_run, tmp_path, capsys):
-    out = tmp_path / "next"
-    flags = words("--init", plane_run, "--gan-weight", 0.1, "--out", out, "--iterations", 1)
-    args = train.parse_arguments([f"@{plane.RECIPE}", *flags])
+    flags = f"--init {plane_run} --gan-weight 0.1 --out {tmp_path}/next --iterations 1"
+    args = train.parse_arguments([f"@{plane.RECIPE}", *flags.split()])
     nets, _ = train.prepare(args, plane.load_model)
     assert "with a new head" in capsys.readouterr().out
     saved = faults.state_of(plane_run)
@@ -152,10 +108,10 @@ def test_init_takes_student_and_fake_score_and_makes_the_rest_anew(plane_run, tm
     assert not nets.student_optimizer.state and not nets.fake_optimizer.state
 
 
-def test_a_run_without_a_checkpoint_begins_again(plane_run, tmp_path):
-    shutil.copytree(plane_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
-    plane.main(words("--resume", tmp_path / "run"))
-    assert faults.same_state(tmp_path / "run", plane_run)
+def test_a_run_without_a_checkpoint_begins_again(run, plane_run):
+    shutil.rmtree(run / "checkpoints")
+    call(plane, f"--resume {run}")
+    assert faults.same_state(run, plane_run)
 
 
 # ----------------------------------------------------------------------------- what goes wrong
@@ -164,7 +120,7 @@ def test_a_run_without_a_checkpoint_begins_again(plane_run, tmp_path):
 def test_the_teacher_s_samples_are_drawn_once_and_fewer_where_it_is_slow(
     teacher, tmp_path, monkeypatch, capsys
 ):
-    args = train.parse_arguments(words(*TINY, "--guidance", "2", "--dtype", "float32"))
+    args = train.parse_arguments(f"{SMALL} --guidance 2 --dtype float32".split())
     nets = Networks(teacher, args)
     prompts = data.training_prompts(None, teacher)
     for name in ("whole", "few"):
@@ -187,22 +143,24 @@ def test_the_teacher_s_samples_are_drawn_once_and_fewer_where_it_is_slow(
         runlog.Gallery(tmp_path / "whole", nets, prompts, args)
 
 
-def test_a_signal_saves_and_says_how_to_go_on(plane_run, tmp_path, capsys, monkeypatch):
-    iterate = train.iterate
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_saves_and_says_how_to_go_on(name, plane_run, tmp_path, capsys, monkeypatch):
+    number, iterate = getattr(signal, name), train.iterate
 
     def interrupted(nets, batch, iteration, args):
         if iteration == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return iterate(nets, batch, iteration, args)
 
-    monkeypatch.setattr(train, "iterate", interrupted)
-    with pytest.raises(SystemExit) as end:
-        plane.main(words("--out", tmp_path / "run", "--iterations", 4, *PLANE))
-    assert end.value.code == 128 + signal.SIGTERM
-    assert f"go on with --resume {tmp_path / 'run'}" in capsys.readouterr().out
-    monkeypatch.setattr(train, "iterate", iterate)
-    plane.main(words("--resume", tmp_path / "run"))
-    assert faults.same_state(tmp_path / "run", plane_run)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "iterate", interrupted)
+        with pytest.raises(SystemExit) as end:
+            call(plane, f"{PLANE} --iterations 4 --out {run}")
+    assert end.value.code == 128 + number and (run / "checkpoints" / "000003").is_dir()
+    assert f"go on with --resume {run}" in capsys.readouterr().out
+    call(plane, f"--resume {run}")
+    assert faults.same_state(run, plane_run)
 
 
 def test_a_gradient_that_is_not_finite_keeps_a_good_student(tmp_path, monkeypatch):
@@ -213,22 +171,15 @@ def test_a_gradient_that_is_not_finite_keeps_a_good_student(tmp_path, monkeypatc
         return clip(module, *rest)
 
     monkeypatch.setattr(fsdp, "clip_gradients", spoiled)
-    with pytest.raises(UserError, match="--learning-rate LOWER") as error:
-        plane.main(words("--out", tmp_path / "run", "--iterations", 4, *PLANE))
-    assert error.value.status == 1
-    student = tmp_path / "run" / "student" / "diffusion_pytorch_model.safetensors"
-    assert all(tensor.isfinite().all() for tensor in models_of(student).values())
-
-
-def models_of(file):
-    from safetensors.torch import load_file
-
-    return load_file(file)
+    says = refused(plane, f"{PLANE} --iterations 4 --out {tmp_path}/run", status=1)
+    assert "--learning-rate LOWER" in says
+    student = load_file(tmp_path / "run" / "student" / "diffusion_pytorch_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in student.values())
 
 
 def test_a_health_metric_out_of_range_is_warned_of_once(tmp_path, capsys):
-    flags = words("--learning-rate", 0.05, "--iterations", 60, "--keep-going", *PLANE)
-    plane.main([*flags, "--out", str(tmp_path / "run")])
+    flags = f"{PLANE} --learning-rate 0.05 --iterations 60 --save-every 60 --keep-going"
+    call(plane, f"{flags} --out {tmp_path}/run")
     assert capsys.readouterr().out.count("warning: the health metric std") == 1
 
 
@@ -278,11 +229,7 @@ def test_bad_input_is_one_error_and_changes_nothing(
 ):
     (tmp_path / "empty.txt").write_text("\n \n")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    filled = [word.format(tmp=tmp_path, run=finished, pairs=pairs) for word in flags.split()]
-    with pytest.raises(UserError) as error:
-        command.main(filled)
-    assert error.value.status == 2
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert says in refused(command, flags.format(tmp=tmp_path, run=finished, pairs=pairs))
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
@@ -291,10 +238,9 @@ def test_bad_input_is_one_error_and_changes_nothing(
 
 def test_sample_draws_a_grid_of_several_students(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "other")
-    out = tmp_path / "grid.png"
-    flags = ["--compare", finished, tmp_path / "other", "--prompts", "cat", "--teacher-steps", 2]
-    sample.main(words(*flags, "--out", out, "--images", tmp_path / "images"))
-    assert Image.open(out).height > 4 * 128
+    flags = f"--compare {finished} {tmp_path}/other --prompts cat --teacher-steps 2"
+    call(sample, f"{flags} --out {tmp_path}/grid.png --images {tmp_path}/images")
+    assert Image.open(tmp_path / "grid.png").height > 4 * 128
     assert len(list((tmp_path / "images").iterdir())) == 4
     assert "x the speed" in capsys.readouterr().out
 
@@ -303,12 +249,10 @@ def test_a_student_of_the_old_format_is_drawn(finished, tmp_path):
     """Before the redesign config.json had other flags besides."""
     run = tmp_path / "old"
     shutil.copytree(finished / "student", run / "student")
-    config = json.loads((finished / "config.json").read_text())
-    config |= {"picture_every": 100, "vae_device": None, "began": {"from": None, "launch": "x"}}
-    (run / "config.json").write_text(json.dumps(config))
-    sample.main(
-        words("--student", run, "--prompts", "cat", "--teacher-steps", 2, "--out", run / "x.png")
-    )
+    shutil.copy(finished / "config.json", run)
+    others = {"picture_every": 100, "vae_device": None, "began": {"from": None, "launch": "x"}}
+    edit_json(run / "config.json", **others)
+    call(sample, f"--student {run} --prompts cat --teacher-steps 2 --out {run}/x.png")
     assert (run / "x.png").is_file()
 
 
@@ -320,26 +264,24 @@ def test_noise_depends_on_seed_step_and_column_alone(teacher):
 
 def test_eval_writes_every_number_with_its_error_and_goes_on(finished, tmp_path, capsys):
     out = tmp_path / "evaluation"
-    flags = ["--student", finished, "--samples", 4, "--teacher-steps", 2, "--steps", 1]
-    flags += ["--no-coverage", "--out", out]
-    evaluation.main(words(*flags))
+    flags = f"--student {finished} --samples 4 --teacher-steps 2 --steps 1 --no-coverage"
+    call(evaluation, f"{flags} --out {out}")
     report = json.loads((out / "metrics.json").read_text())
     labels = [row["label"] for row in report["rows"]]
     assert labels[0] == "teacher, 2 steps, guidance 7.5" and labels[-1] == "real images"
     assert all("alignment" in row and "frechet" in row for row in report["rows"])
-    printed = capsys.readouterr().out
-    table = printed.split("WARNING")[0]
+    table = capsys.readouterr().out.split("WARNING")[0]
     assert max(map(len, table.splitlines())) <= 100
     parts = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    evaluation.main(words(*flags))
+    call(evaluation, f"{flags} --out {out}")
     assert parts == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert json.loads((out / "metrics.json").read_text())["rows"] == report["rows"]
 
 
 def test_eval_draws_a_curve_over_a_run_s_checkpoints(finished, tmp_path):
-    folders = sorted((finished / "checkpoints").iterdir())
-    flags = ["--compare", *folders, "--samples", 4, "--teacher-steps", 2, "--no-coverage"]
-    evaluation.main(words(*flags, "--out", tmp_path / "e"))
+    folders = " ".join(map(str, sorted((finished / "checkpoints").iterdir())))
+    flags = f"--compare {folders} --samples 4 --teacher-steps 2 --no-coverage"
+    call(evaluation, f"{flags} --out {tmp_path}/e")
     assert (tmp_path / "e" / "curves.png").is_file()
 
 

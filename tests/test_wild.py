@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import zipfile
 
 import numpy as np
@@ -23,32 +22,20 @@ import sample
 import train
 from lab import plane
 from support import checkpoint, cli, export, flags, images, runlog, students, weights
-from support.cli import UserError
 from support.families import UNET_LORA_LAYERS
 from support.prompt_files import read_prompts
 from tests.tiny import (
+    PLANE,
     PROMPTS,
     call,
+    edit_json,
     make_student,
+    one_line,
     original_file,
     random_image,
     refused,
     write_tiny_vae,
 )
-
-PLANE = "--batch-size 8 --fake-updates 2 --warmup 0 --save-every 2"
-
-
-def one_line(function, *arguments):
-    """What a function refuses its arguments with."""
-    with pytest.raises(UserError) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def edit_weights(folder, change):
@@ -61,19 +48,6 @@ def edit_weights(folder, change):
 def teacher(folders, tmp_path):
     """A pipeline to be spoilt."""
     return shutil.copytree(folders["sd15"], tmp_path / "teacher")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "plane"
-    call(plane, f"{PLANE} --iterations 4 --out {out}")
-    return out
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """A run to be spoilt."""
-    return shutil.copytree(finished, tmp_path / "run")
 
 
 # ------------------------------------------------------------------ 1. files of a run directory
@@ -90,6 +64,8 @@ SAVED = [
     ({"learning_rate": float("nan")}, "not a number above 0"),
     ({"noise_levels": [0.9, 0.1]}, "is not below"),
     ({"noise_levels": "0.1 0.9"}, "expected 2 arguments"),
+    ({"noise_levels": ["@/etc/passwd", 1]}, "should be numbers"),
+    ({"divergence": "kl"}, "is not one of"),
     ({"seed": {"a": 1}}, "should be a word or a number"),
     ({"shard": "__import__"}, "invalid choice"),
     ({"prompts": "/etc/hostname"}, "none of .txt"),
@@ -287,20 +263,13 @@ def test_samples_that_are_not_finite_are_an_error(teacher, tmp_path):
     flags_ = f"--model {teacher} --teacher-steps 2 --steps 1 --prompts cat"
     says = "hold NaN or infinity"
     student = f"--student {teacher}/unet --out {tmp_path}/x.png"
-    assert says in status_one(sample, f"{flags_} {student}")
+    assert says in refused(sample, f"{flags_} {student}", status=1)
     assert not (tmp_path / "x.png").exists()
     make = f"pairs --model {teacher} --count 2 --steps 2 --out {tmp_path}/pairs"
-    assert says in status_one(data, make)
+    assert says in refused(data, make, status=1)
     judge = f"--model {teacher} --teacher-only --teacher-steps 2 --samples 2 --out {tmp_path}/e"
     (tmp_path / "p.txt").write_text("cat\nrocket")
-    assert says in status_one(evaluation, f"{judge} --prompts {tmp_path}/p.txt")
-
-
-def status_one(command, flags_):
-    with pytest.raises(UserError) as error:
-        call(command, flags_)
-    assert error.value.status == 1
-    return str(error.value)
+    assert says in refused(evaluation, f"{judge} --prompts {tmp_path}/p.txt", status=1)
 
 
 # ------------------------------------------------------------------ 3. prompts and captions
@@ -337,8 +306,6 @@ WRITERS = {
     "named.json": lambda file: write_json(file, {"about": "x", "prompts": TEXTS}),
     "objects.jsonl": lambda file: write_lines(file, [{"id": 1, "text": text} for text in TEXTS]),
     "texts.jsonl": lambda file: write_lines(file, TEXTS, b"\xef\xbb\xbf"),
-    "list.pkl": lambda file: file.write_bytes(pickle.dumps(TEXTS)),
-    "values.pickle": lambda file: file.write_bytes(pickle.dumps(dict(enumerate(TEXTS)))),
 }
 
 
@@ -346,6 +313,14 @@ WRITERS = {
 def test_prompts_are_read_as_what_the_file_is(name, tmp_path):
     WRITERS[name](tmp_path / name)
     assert read_prompts(tmp_path / name) == TEXTS
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda texts: dict(enumerate(texts))])
+def test_prompts_of_every_pickle_protocol(kind, tmp_path):
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        for name in ("a.pkl", "a.pickle"):
+            (tmp_path / name).write_bytes(pickle.dumps(kind(TEXTS), protocol))
+            assert read_prompts(tmp_path / name) == TEXTS
 
 
 def test_prompts_of_a_parquet_file(tmp_path):
@@ -581,16 +556,11 @@ def test_a_small_real_set_is_warned_of(latent_run, capsys):
 
 
 @pytest.fixture(scope="module")
-def lora(folders, tmp_path_factory):
+def lora(folders, lora_runs):
     """{kind of pipeline: (its model, a LoRA student's folder)}"""
-    pytest.importorskip("peft")
     made = {}
-    for name in ("sd15", "sdxl"):
-        out = tmp_path_factory.mktemp("lora") / name
-        flags_ = f"--model {folders[name]} --lora 4 --lora-alpha 2 --learning-rate 1e-1 --ema 0"
-        flags_ += " --gan-weight 0 --batch-size 2 --fake-updates 1 --warmup 0 --iterations 1"
-        call(train, f"{flags_} --device cpu --out {out}")
-        made[name] = (models.load_model(folders[name]), out / "student")
+    for name, folder in folders.items():
+        made[name] = (models.load_model(folder), lora_runs / name / "student")
     return made
 
 
@@ -688,6 +658,7 @@ LINES = {
     "   # nothing": [],
     "--out a\\ b": ["--out", "a b"],
     "--out it\\'s": ["--out", "it's"],
+    "--prompts a#b.txt --seed 3#x": ["--prompts", "a#b.txt", "--seed", "3#x"],
 }
 
 
@@ -699,6 +670,9 @@ def test_a_recipe_s_line_is_a_shell_s(line):
 def test_recipes_that_cannot_be_read_and_empty_words_are_one_line(tmp_path):
     (tmp_path / "self.args").write_text(f"@{tmp_path / 'self.args'}")
     assert "it names itself" in refused(train, f"@{tmp_path / 'self.args'}")
+    (tmp_path / "cut.args").write_text("--out 'my runs\n")
+    says = refused(train, f"@{tmp_path / 'cut.args'}")
+    assert re.search("a line that cannot be read .*: --out 'my runs", says)
     (tmp_path / "wide.args").write_bytes("--seed 3".encode("utf-16"))
     assert "not UTF-8" in refused(train, f"@{tmp_path / 'wide.args'}")
     assert refused(train, "--seed 3 --out", "") == "--out is empty"  # as of an unset variable
@@ -755,26 +729,7 @@ def test_pipes_in_place_of_weights_and_prompts_are_not_waited_for(tmp_path):
     assert "no regular file" in one_line(read_prompts, tmp_path / "pipe.txt")
 
 
-# ------------------------------------------------------------------ 9. signals
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_signals_save_and_stop(name, tmp_path, monkeypatch):
-    number, iterate = getattr(signal, name), train.iterate
-
-    def iterate_and_signal(nets, batch, iteration, args):
-        if iteration == 1:
-            os.kill(os.getpid(), number)
-        return iterate(nets, batch, iteration, args)
-
-    monkeypatch.setattr(train, "iterate", iterate_and_signal)
-    with pytest.raises(SystemExit) as end:
-        call(plane, f"{PLANE} --iterations 9 --save-every 9 --out {tmp_path}/run")
-    assert end.value.code == 128 + number
-    assert (tmp_path / "run" / "checkpoints" / "000002").is_dir()
-
-
-# ------------------------------------------------------------------ 10. messages
+# ------------------------------------------------------------------ 9. messages
 
 MEANT = [
     (train, "recipes/short.args", "did you mean @recipes/short.args?"),
@@ -851,7 +806,7 @@ def test_a_teacher_that_is_gone_is_asked_for(run, tmp_path):
 
 def test_a_collapse_stops_the_run_unless_it_is_told_to_go_on(tmp_path):
     hot = f"{PLANE} --iterations 20 --learning-rate 0.2"
-    says = status_one(plane, f"{hot} --out {tmp_path}/a")
+    says = refused(plane, f"{hot} --out {tmp_path}/a", status=1)
     assert "the student has collapsed" in says and "--keep-going" in says
     call(plane, f"{hot} --out {tmp_path}/b --keep-going")
     assert json.loads((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()[-1])

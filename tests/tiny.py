@@ -2,9 +2,7 @@
 format, and commands that are called in this process."""
 
 import copy
-import importlib
 import json
-import sys
 
 import diffusers.schedulers.scheduling_lcm
 import pytest
@@ -26,11 +24,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import data
 import fsdp
+import models
 from support import export
 from support.cli import UserError
 from support.pipelines import quiet_libraries
 
 PROMPTS = ["tomato", "cat face on blue", "rainbow", "guitar left of panda face"]
+# Flags of short runs, of a network and of the plane.
+SMALL = "--batch-size 2 --fake-updates 2 --warmup 0 --iterations 2 --save-every 2 --device cpu"
+PLANE = "--batch-size 8 --fake-updates 2 --warmup 0 --save-every 2"
 
 
 # ----------------------------------------------------------------------------- commands
@@ -41,24 +43,17 @@ def call(command, flags, *more):
     command.main([*flags.split(), *map(str, more)])
 
 
-def refused(command, flags, *more):
-    """The one line that a command is refused with."""
+def one_line(function, *arguments, status=2, **options):
+    """The one line that a function refuses its arguments with."""
     with pytest.raises(UserError) as error:
-        call(command, flags, *more)
-    assert error.value.status == 2 and "\n" not in str(error.value)
+        function(*arguments, **options)
+    assert error.value.status == status and "\n" not in str(error.value)
     return str(error.value)
 
 
-def run(module, *arguments):
-    """The status of a command; its one line of error goes to stderr."""
-    try:
-        importlib.import_module(module).main([str(word) for word in arguments])
-    except UserError as error:
-        print(f"{module}: {error}", file=sys.stderr)
-        return error.status
-    except SystemExit as end:
-        return end.code or 0
-    return 0
+def refused(command, flags, *more, status=2):
+    """The one line that a command is refused with."""
+    return one_line(call, command, flags, *more, status=status)
 
 
 # ----------------------------------------------------------------------------- pipelines
@@ -202,6 +197,16 @@ def make_student(folder, amount=0.02):
     return unet
 
 
+def run_card(folder, image):
+    """The names that the code of a student's model card defines, run as it stands."""
+    lines = (folder / "README.md").read_text().splitlines()
+    code = "\n".join(line[4:] for line in lines if line.startswith("    "))
+    code = code.replace("path/to/this/folder", str(folder)).replace("image.png", str(image))
+    space = {}
+    exec(code, space)
+    return space
+
+
 def draw_with_lcm(pipe, prompts, noise, timesteps, monkeypatch):
     """What LCMScheduler draws without guidance, given the very noise that our sampler gets."""
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
@@ -216,7 +221,23 @@ def draw_with_lcm(pipe, prompts, noise, timesteps, monkeypatch):
         return pipe(prompts, timesteps=timesteps, latents=noise[0], **options).images
 
 
+def edm_denoiser(model, cond):
+    """D(x, sigma) of 2206.00364 at any level, of one of EDM's networks."""
+
+    def D(x, level):
+        level = torch.as_tensor(level).float()[None]
+        table = models.Schedule(torch.ones(1), level, level.log() / 4)
+        denoiser = models.Denoiser(model.denoiser.network, table, "edm", model.family)
+        return denoiser(x, 0, cond)
+
+    return D
+
+
 # ----------------------------------------------------------------------------- data and training
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def random_image(width, height, seed):

@@ -23,6 +23,7 @@ WEIGHTS = ASSETS / "world_judge.safetensors"
 CELLS = 16  # a scene is read in 16x16 cells
 WIDTHS = (48, 96, 160)
 LEAST_SHARE, LEAST_CELLS = 0.15, 4  # of the cells that show objects, for one to be there
+REFERENCE = 2000  # real scenes that others are compared with
 OPEN = ("cat face", "rainbow", "sailboat", "guitar")  # prompts by which coverage is measured
 
 
@@ -193,9 +194,9 @@ class WorldJudge(OwnJudge):
 
 @functools.cache
 def reference_features():
-    """Of real scenes of 2,000 prompts, (2000, 160)."""
+    """Of real scenes, (REFERENCE, 160)."""
     judge, features = WorldJudge(), []
-    prompts = judge.prompts(2000, seed=1)
+    prompts = judge.prompts(REFERENCE, seed=1)
     for start in range(0, len(prompts), 100):
         features.append(judge.read(judge.real(prompts[start : start + 100], start))[1])
     return torch.cat(features)
