@@ -12,26 +12,23 @@ to assets/results/health.json, and images of four moments of each run to --out/h
 import contextlib
 import functools
 import json
-import multiprocessing
+import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 import sample
 import train
+from lab.trials import ROOT, WORLDS, draw_sheet, run_missing
 from support import checkpoint, cli, pictures, runlog
 from support.cli import UserError
 from support.judges.world import WorldJudge
 from support.metrics import Gaussian, frechet_distance
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "assets" / "results" / "health.json"
-RECIPE = ROOT / "recipes" / "short.args"
 SEEDS, SAMPLES, SHOWN = 5, 200, 4
 MOMENTS = (0, 72, 144, 240)  # whose images are shown
 HEALTHY = {
@@ -100,7 +97,7 @@ def run(out, name, flags, seed):
     folder = file.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted command
     folder.mkdir()
-    arguments = [f"@{RECIPE}", *flags.split(), "--seed", str(seed), "--keep-going"]
+    arguments = [f"@{WORLDS['scenes'].recipe}", *flags.split(), "--seed", str(seed), "--keep-going"]
     arguments += ["--keep", "1", "--out", str(folder / "run")]
     moments, make_gallery = [], runlog.Gallery
     if seed == 0:
@@ -163,24 +160,16 @@ def table(results):
     return lines
 
 
-def draw_sheet(out, names):
+def draw_moments(out, names):
     """A row for each run: a few images at each of four moments."""
-    left, gap = 215, 8
-    tiles = {}
+    rows = {}
     for name in names:
-        file = file_of(out, name, 0).with_suffix(".png")
-        if file.is_file():
-            tiles[name] = Image.open(file)
-    width, height = next(iter(tiles.values())).size
-    sheet = Image.new("RGB", (left + width, (height + gap) * len(tiles) + 20), "white")
-    for i, moment in enumerate(MOMENTS):
-        at = (left + i * width // len(MOMENTS), 10)
-        pictures.write_text(sheet, f"iteration {moment}", at)
-    for i, (name, tile) in enumerate(tiles.items()):
-        top = 20 + i * (height + gap)
-        pictures.write_text(sheet, name, (4, top + height // 2))
-        sheet.paste(tile, (left, top))
-    pictures.save(sheet, Path(out) / "health.png")
+        strip = Image.open(file_of(out, name, 0).with_suffix(".png"))
+        width = SHOWN * strip.height
+        lefts = range(0, strip.width, width)  # fewer of a run that diverged
+        rows[name] = [strip.crop((left, 0, left + width, strip.height)) for left in lefts]
+    titles = [f"iteration {moment}" for moment in MOMENTS]
+    draw_sheet(rows, titles, Path(out) / "health.png")
 
 
 # ----------------------------------------------------------------------------- command line
@@ -189,24 +178,19 @@ def draw_sheet(out, names):
 def main(arguments=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--out", default="runs/health", metavar="DIR")
-    jobs = multiprocessing.cpu_count()
+    jobs = os.cpu_count()
     parser.add_argument("--jobs", type=cli.positive, default=jobs, help="one core each")
     args = parser.parse_args(arguments)
     checkpoint.make_writable(Path(args.out))
     wanted = [(name, flags, 0) for name, flags in (HEALTHY | SPOILT).items()]
     wanted += [(name, flags, seed) for name, flags in HEALTHY.items() for seed in range(1, SEEDS)]
-    todo = [one for one in wanted if not file_of(args.out, one[0], one[2]).is_file()]
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(run, args.out, *one) for one in todo]
-        with tqdm(initial=len(wanted) - len(todo), total=len(wanted), unit="run") as bar:
-            for future in as_completed(futures):
-                future.result()
-                bar.update()
+    runs = {file_of(args.out, name, seed): (name, flags, seed) for name, flags, seed in wanted}
+    run_missing(run, {file: (args.out, *one) for file, one in runs.items()}, args.jobs)
     results = {}
-    for name, _, seed in wanted:
-        results[f"{name}, seed {seed}"] = json.loads(file_of(args.out, name, seed).read_text())
+    for file, (name, _, seed) in runs.items():
+        results[f"{name}, seed {seed}"] = json.loads(file.read_text())
     checkpoint.replace_text(RESULTS, json.dumps(results))
-    draw_sheet(args.out, HEALTHY | SPOILT)
+    draw_moments(args.out, HEALTHY | SPOILT)
     print("\n".join(table(results)))
 
 

@@ -1,15 +1,20 @@
 """One run of the laboratory: an arm of a claim, trained by train.py's own iterations and measured.
 
 A finished run is kept as one file, so that claims share arms and an interrupted command goes on.
+What lab/health.py needs as well stands at the end.
 """
 
 import hashlib
 import json
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
+from tqdm import tqdm
 
 import data
 import fsdp
@@ -19,6 +24,7 @@ import sample
 import train
 from lab import plane
 from support import checkpoint, pictures
+from support.cli import UserError
 from support.judges.gauges import Gauges
 from support.judges.world import WorldJudge
 from support.metrics import COVERAGE_SAMPLES, Gaussian, metrics_of
@@ -39,18 +45,14 @@ class Trial:
     probe: str = ""
 
     def arguments(self, out, rate, seed):
-        world = WORLDS[self.world]
-        flags = [flag.format(out=out) for flag in self.flags.split()]
-        return [f"@{world.recipe}", *world.flags, *flags, "--learning-rate", rate, "--seed", seed]
-
-    def rates(self):
-        """A network that is not trained has no learning rate: the first stands for all."""
-        rates = WORLDS[self.world].learning_rates
-        return rates[:1] if self.probe == "untrained" else rates
+        flags = self.flags.format(out=out).split()
+        return [f"@{WORLDS[self.world].recipe}", *flags, "--learning-rate", rate, "--seed", seed]
 
     def file(self, out, rate, seed):
-        recipe = WORLDS[self.world].recipe.read_text()
-        text = json.dumps([recipe, self.flags, self.probe, rate, seed])
+        world = WORLDS[self.world]
+        if self.probe == "untrained":  # the same at every rate
+            rate = world.learning_rates[0]
+        text = json.dumps([world.recipe.read_text(), self.flags, self.probe, rate, seed])
         return out / self.world / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
@@ -118,9 +120,7 @@ class PlaneMeter:
         return student.draw(self.noise, {"class_labels": self.label})[..., 0, 0]
 
     def measure(self, x, target):
-        metrics = plane.measure(self.nets.model.mixture, x, self.label, target)
-        metrics.pop("per_label")
-        return metrics
+        return plane.measure(self.nets.model.mixture, x, self.label, target)
 
     def on_the_way(self, latest):
         return self.measure(self.draw(), self.target)
@@ -333,7 +333,6 @@ class World:
     """What arms are trained on. chosen_by: the metric, lower is better, that chooses a rate."""
 
     recipe: Path
-    flags: tuple
     learning_rates: tuple
     chosen_by: str
     load_model: Callable
@@ -342,8 +341,7 @@ class World:
 
 WORLDS = {
     "plane": World(
-        recipe=ROOT / "recipes" / "plane.args",
-        flags=(),
+        recipe=plane.RECIPE,
         learning_rates=("5e-4", "2e-3"),
         chosen_by="kl",
         load_model=plane.load_model,
@@ -351,10 +349,48 @@ WORLDS = {
     ),
     "scenes": World(
         recipe=ROOT / "recipes" / "short.args",
-        flags=(),
         learning_rates=("5e-4",),
         chosen_by="frechet",
         load_model=models.load_model,
         meter=SceneMeter,
     ),
 }
+
+
+# ----------------------------------------------------------------------------- many runs
+
+
+def run_missing(task, runs, jobs):
+    """runs: {file: arguments}. Those whose file is missing, several at a time, one core each;
+    task(*arguments) writes it last."""
+    todo = [arguments for file, arguments in runs.items() if not file.is_file()]
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    try:
+        futures = [pool.submit(task, *arguments) for arguments in todo]
+        with tqdm(initial=len(runs) - len(todo), total=len(runs), unit="run") as bar:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise UserError(
+            "interrupted; the finished runs are kept, and the same command goes on with the rest"
+        ) from None
+    pool.shutdown()
+
+
+def draw_sheet(rows, columns, path):
+    """rows: {title: images of one size, under the titles of columns}."""
+    left, top, gap = 215, 26, 8
+    first = next(iter(rows.values()))[0]
+    width, height = first.width + gap, first.height + gap
+    size = (left + width * len(columns), top + height * len(rows))
+    sheet = Image.new("RGB", size, "white")
+    for i, title in enumerate(columns):
+        pictures.write_text(sheet, title, (left + i * width, top // 2))
+    for j, (title, images) in enumerate(rows.items()):
+        y = top + j * height
+        pictures.write_text(sheet, title, (4, y + height // 2))
+        for i, image in enumerate(images):
+            sheet.paste(image, (left + i * width, y))
+    pictures.save(sheet, path)
