@@ -4,9 +4,9 @@
     python -m support.benchmark 20 --gan-weight 0 --batch-size 8        # with any flags of train.py
     torchrun --standalone --nproc_per_node=2 -m support.benchmark 20   # also: what sharing it costs
 
-Each iteration is timed in turn with the passes through networks that it cannot avoid. Its batch is
-drawn before the clock starts, as a run draws it in the background; then as many iterations show how
-long they wait for that.
+Each iteration is timed in turn with what it cannot avoid: passes through networks, and AdamW. Its
+batch is drawn before the clock starts, as a run draws it in the background; then as many iterations
+show how long they wait for that.
 """
 
 import copy
@@ -41,9 +41,16 @@ def clock(device):
 
 
 @keep_casts()
-def bare_passes(nets, batch, iteration, args):
+def unavoidable(nets, batch, iteration, args):
+    """The passes through networks, and AdamW."""
     for part in batch.split(args.micro_batch):
         bare_iteration(nets, part, iteration, args)
+    optimizers = [nets.fake_optimizer]
+    if train.is_student_turn(iteration, args):
+        optimizers.append(nets.student_optimizer)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def seconds_each(steps, nets, sources, args, count, title):
@@ -125,11 +132,11 @@ def measure(args, count):
             torch.cuda.reset_peak_memory_stats()
     mesh = fsdp.start(args.shard, fsdp.own_device(args.device))
     nets, sources = train.prepare(args, mesh=mesh)
-    steps = [train.iterate, bare_passes]
+    steps = [train.iterate, unavoidable]
     whole, bare, drawing = seconds_each(steps, nets, sources, args, count, "iterations")
     rate = args.batch_size / whole
     fsdp.print_main(
-        f"{whole:.4f} s an iteration, {whole / bare:.3f} times the bare network calls "
+        f"{whole:.4f} s an iteration, {whole / bare:.3f} times the bare network calls and AdamW "
         f"({bare:.4f} s); {rate:.1f} samples a second; peak memory "
         f"{peak_memory(nets.model.device):.2f} GiB; drawing its batch {drawing:.4f} s"
     )

@@ -124,7 +124,6 @@ def bare_iteration(nets, batch, iteration, args):
             torch.autograd.grad(logit.sum(), x_t)
         for _ in range(1 + (args.regression_weight > 0)):
             nets.student(x, t, cond).backward(x)
-        nets.student.zero_grad()
 
     # The fake score's step.
     x_t, count = x, len(x)
@@ -135,7 +134,6 @@ def bare_iteration(nets, batch, iteration, args):
     if has_gan:
         loss = loss + logit.sum()
     loss.backward()
-    nets.fake_score.zero_grad()
 
 
 class Reached(Exception):

@@ -509,7 +509,7 @@ def test_the_benchmark_times_iterations(folders, prompts, images, capsys):
     flags = f"--model {folders['sd15']} --prompts {prompts} --real {images} {SMALL}"
     call(benchmark, f"2 {flags} --variant decoupled --gan-weight 0.1 --fake-updates 1")
     printed = capsys.readouterr().out
-    assert "times the bare network calls" in printed and "waiting for data: " in printed
+    assert "times the bare network calls and AdamW" in printed and "waiting for data: " in printed
     assert "begin with the number of iterations" in refused(benchmark, "--seed 1 2")
 
 
