@@ -1,5 +1,6 @@
 """What the tests share. pytest reads this before any test file, so before torch is imported."""
 
+import multiprocessing
 import os
 import shutil
 
@@ -13,6 +14,7 @@ import fsdp
 import models
 import train
 from lab import health, plane, trials
+from support import runlog
 from support.judges import world
 from tests import tiny
 
@@ -21,17 +23,24 @@ from tests import tiny
 def float32_and_small_measurements():
     """Training is in float32 here, whatever this processor has: equalities are to be seen. What
     would cost more than the rest of a tiny run is small: the teacher's images, the plane's fit and
-    its table, the embedded world's reference, the images of a watched run."""
+    its table, the embedded world's reference, the images of a watched run. A claim's processes are
+    forked, so that all this holds in them too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fsdp, "default_dtype", float32_everywhere)
         patch.setattr(models.Model, "default_teacher_steps", 2)
         patch.setattr(models.ClassModel, "default_teacher_steps", 2)
+        patch.setattr(runlog, "PATIENCE", 0)  # two samples of the teacher in place of eight
         patch.setattr(plane.fitted_weights.__wrapped__, "__defaults__", (100, 256))
         patch.setattr(plane.table_of, "__defaults__", (2, 256))
         patch.setattr(trials, "SAMPLES", 256)
+        patch.setattr(multiprocessing, "get_context", forking)
         patch.setattr(world, "REFERENCE", 200)
         patch.setattr(health, "SAMPLES", 20)
         yield
+
+
+def forking(kind, get_context=multiprocessing.get_context):
+    return get_context("fork")
 
 
 # As they were before the above.

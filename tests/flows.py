@@ -11,6 +11,7 @@ from tokenizers.models import WordLevel
 
 from support.families import flux2_norm, packed
 from support.pipelines import quiet_libraries
+from tests.tiny import make_text_encoder
 
 WORDS = "<pad> <unk> <s> </s> red apple cat face a heart with an arrow in it rocket user"
 CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -66,20 +67,8 @@ def make_vae(levels=2, channels=16):
     )
 
 
-def make_clip(kind, tokenizer, width=32):
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        projection_dim=width,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return kind(config)
+def make_clip(kind, tokenizer):
+    return make_text_encoder(kind, 32, "quick_gelu", tokenizer)
 
 
 def make_t5(tokenizer, width):

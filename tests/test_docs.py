@@ -41,9 +41,10 @@ STANDS_FOR = {
     **dict.fromkeys(("387", "974", "88", "979", "417", "279"), "3"),
 }
 # Flags that make a command tiny; they come last and override.
-SMALL_RUN = "--iterations 2 --batch-size 2 --save-every 2 --device cpu --dtype fp32 --ema 0"
+SMALL_RUN = "--iterations 2 --batch-size 2 --fake-updates 1 --save-every 2 --device cpu --ema 0"
+SMALL_RUN += " --dtype fp32"
 TINY = {
-    "train": SMALL_RUN + " --micro-batch 1 --no-activation-checkpointing",
+    "train": SMALL_RUN + " --micro-batch 2 --no-activation-checkpointing",
     "sample": "--teacher-steps 2 --dtype fp32",
     "eval": "--samples 4 --teacher-steps 2 --no-coverage",
     "data pairs": "--count 2 --steps 2",

@@ -125,6 +125,7 @@ def test_the_teacher_s_samples_are_drawn_once_and_fewer_where_it_is_slow(
     prompts = data.training_prompts(None, teacher)
     for name in ("whole", "few"):
         (tmp_path / name).mkdir()
+    monkeypatch.setattr(runlog, "PATIENCE", 60)
     whole = runlog.Gallery(tmp_path / "whole", nets, prompts, args)
     assert whole.x_teacher.shape == (8, *teacher.sample_shape)
     assert "16/16" in capsys.readouterr().err
