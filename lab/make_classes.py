@@ -15,7 +15,7 @@ from diffusers import UNet2DModel
 import data
 import losses
 import models
-from lab.training import average_of, train
+from lab.training import average_of, maker_parser, train
 from support import checkpoint, cli, edm, embedded
 from support.families import FAMILIES
 
@@ -71,16 +71,11 @@ def make_teacher(args):
 
 
 def main(arguments=None):
-    parser = cli.Parser(__doc__)
+    parser = maker_parser(__doc__, "runs/classes-teacher", 64)
     add = parser.add_argument
     add("--out", default=data.EMBEDDED["emoji-classes"], metavar="DIR")
-    add("--work", default="runs/classes-teacher", metavar="DIR", help="where the state is kept")
     add("--iterations", type=cli.positive, default=5000)
-    add("--batch-size", type=cli.positive, default=64)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=cli.natural, default=0)
     args = parser.parse_args(arguments)
-    Path(args.work).mkdir(parents=True, exist_ok=True)
     make_teacher(args)
     print(f"{args.out}. Measure it: python eval.py --teacher-only --model {args.out}")
 

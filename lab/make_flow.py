@@ -11,7 +11,6 @@ pipeline in float16. An interrupted command goes on from --work. Its stages:
 """
 
 import functools
-from pathlib import Path
 
 import torch
 from diffusers import (
@@ -27,6 +26,7 @@ from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 import data
 import models
 from lab.make_world import LATENTS, MAX_TOKENS, make_denoiser, teach_text, texts, train_denoiser
+from lab.training import maker_parser
 from support import cli
 
 TEXT_WIDTH = 96
@@ -101,18 +101,13 @@ def make_transformer():
 
 
 def main(arguments=None):
-    parser = cli.Parser(__doc__)
+    parser = maker_parser(__doc__, "runs/world-flow", 32)
     add = parser.add_argument
     add("--out", default=data.EMBEDDED["world-flow"], metavar="DIR")
-    add("--work", default="runs/world-flow", metavar="DIR", help="where a stage's state is kept")
     add("--text-iterations", type=cli.positive, default=3000)
     add("--scene-iterations", type=cli.positive, default=9000)
-    add("--batch-size", type=cli.positive, default=32)
     add("--scenes", type=cli.positive, default=40_000, help="whose latents are made once")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=cli.natural, default=0)
     args = parser.parse_args(arguments)
-    Path(args.work).mkdir(parents=True, exist_ok=True)
     vae = AutoencoderKL.from_pretrained(data.EMBEDDED["world"] / "vae", torch_dtype=torch.float32)
     vae.register_to_config(shift_factor=0.0)
     vae.to(args.device, memory_format=torch.channels_last)

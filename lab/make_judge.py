@@ -4,20 +4,19 @@
 
 The network learns what each cell of a scene shows, from scenes with exact labels. Some are blurred
 or noisy, for samples are. Held-out pairs are among them: the judge must know what students are
-tested on.
+tested on. An interrupted command goes on from --work.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tqdm import tqdm
 
-from fsdp import default_dtype
-from lab.training import learning_rate_scale
+from lab.training import maker_parser, train
 from support import cli, world
 from support.images import as_tensor
 from support.judges.world import CATEGORIES, CELLS, WEIGHTS, Reader, WorldJudge
-from support.precision import compute_in
 
 
 def labels_of(prompt, places):
@@ -55,37 +54,22 @@ def worsen(images, generator):
     return images + 0.06 * u[1] * torch.randn(images.shape, generator=generator)
 
 
-def train_reader(args):
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    reader = Reader()
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
-    bar = tqdm(range(args.iterations), desc="judge")
-    for iteration in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * learning_rate_scale(iteration, args.iterations)
-        images, labels = make_batch(args.batch_size, generator)
-        with compute_in(getattr(torch, default_dtype("cpu")), images):
-            logits, _ = reader(worsen(images, generator))
-        loss = F.cross_entropy(logits.float(), labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if iteration % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    return reader
+def judge_loss(generator, reader, args):
+    images, labels = make_batch(args.batch_size, generator)
+    logits, _ = reader(worsen(images, generator).to(args.device))
+    return F.cross_entropy(logits.float(), labels.to(args.device))
 
 
 def main(arguments=None):
-    parser = cli.Parser(__doc__)
+    parser = maker_parser(__doc__, "runs/judge", 32)
     add = parser.add_argument
     add("--iterations", type=cli.positive, default=1500)
-    add("--batch-size", type=cli.positive, default=32)
     add("--samples", type=cli.positive, default=2000, help="real scenes that it is measured on")
-    add("--seed", type=cli.natural, default=0)
     args = parser.parse_args(arguments)
-    reader = train_reader(args)
+    torch.manual_seed(args.seed)
+    reader = Reader().to(args.device)
+    loss_of = functools.partial(judge_loss, reader=reader, args=args)
+    train("judge", args.iterations, {"reader": reader}, loss_of, args, rate=2e-3, beta2=0.999)
     save_file({name: value.half() for name, value in reader.state_dict().items()}, WEIGHTS)
     judge = WorldJudge()
     prompts = judge.prompts(args.samples, args.seed + 1)

@@ -6,7 +6,8 @@
 Stable Diffusion in miniature, written as a diffusers pipeline in float16. An interrupted command
 goes on from --work. Its stages, each as its real counterpart is made:
 
-  autoencoder  AutoencoderKL, 64x64x3 <-> 8x8x8. Its scaling_factor gives latents deviation 1.
+  autoencoder  AutoencoderKL, 64x64x3 <-> 8x8x8, on a quarter of --batch-size. Its scaling_factor
+               gives latents deviation 1.
   text         CLIPTextModel, alone: the state of a name's last token tells what the object looks
                like, and that of a colour its colour. Without it the next stages spend most of their
                time on names.
@@ -35,7 +36,7 @@ import data
 import losses
 import models
 from fsdp import default_dtype
-from lab.training import average_of, save_state, train
+from lab.training import average_of, maker_parser, save_state, train
 from support import cli, world
 from support.families import FAMILIES
 from support.precision import compute_in
@@ -324,22 +325,17 @@ def write(out, vae, text_encoder, tokenizer, unet):
 
 
 def main(arguments=None):
-    parser = cli.Parser(__doc__)
+    parser = maker_parser(__doc__, "runs/world", 32)
     add = parser.add_argument
     add("--out", default=data.EMBEDDED["world"], metavar="DIR")
     add("--init", metavar="DIR", help="go on from this pipeline, with the stage of all scenes")
-    add("--work", default="runs/world", metavar="DIR", help="where the state of a stage is kept")
     add("--autoencoder-iterations", type=cli.positive, default=4000)
     add("--text-iterations", type=cli.positive, default=3000)
     add("--object-iterations", type=cli.positive, default=1200)
     add("--scene-iterations", type=cli.positive, default=8000)
     add("--decoder-iterations", type=cli.positive, default=3000)
-    add("--batch-size", type=cli.positive, default=32, help="the autoencoder's is a quarter of it")
     add("--scenes", type=cli.positive, default=40_000, help="whose latents are made once")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=cli.natural, default=0)
     args = parser.parse_args(arguments)
-    Path(args.work).mkdir(parents=True, exist_ok=True)
     if args.init:
         begun = StableDiffusionPipeline.from_pretrained(args.init, dtype=torch.float32)
         begun.to(args.device)

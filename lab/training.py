@@ -1,4 +1,4 @@
-"""What the makers of teachers and judge share: a stage of training that can be interrupted."""
+"""What the makers of teachers and judge share: flags, and stages that can be interrupted."""
 
 from pathlib import Path
 
@@ -7,10 +7,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from fsdp import default_dtype
-from support import checkpoint
+from support import checkpoint, cli
 from support.precision import compute_in
 
-LEARNING_RATE = 1e-3
+
+def maker_parser(doc, work, batch_size):
+    """With the flags that all makers have."""
+    parser = cli.Parser(doc)
+    add = parser.add_argument
+    add("--work", default=work, metavar="DIR", help="where the state of a stage is kept")
+    add("--batch-size", type=cli.positive, default=batch_size)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=cli.natural, default=0)
+    return parser
 
 
 def learning_rate_scale(iteration, iterations, warmup=200):
@@ -22,6 +31,7 @@ def save_state(path, **state):
     def write(partial):
         torch.save(state, partial)
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.replace_file(path, write)
 
 
@@ -29,15 +39,14 @@ def average_of(networks):
     return AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(0.999))
 
 
-def train(stage, iterations, modules, loss_of, args, average=None):
+def train(stage, iterations, modules, loss_of, args, average=None, rate=1e-3, beta2=0.99):
     """AdamW with clipping, its rate as above; a checkpoint every 500 iterations.
     loss_of(generator) draws a batch and returns its loss."""
     path = Path(args.work) / f"{stage}.pt"
     modules = torch.nn.ModuleDict(modules)
     parameters = list(modules.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.99), fused=True
-    )
+    options = {"lr": rate, "betas": (0.9, beta2), "weight_decay": 0.01, "fused": True}
+    optimizer = torch.optim.AdamW(parameters, **options)
     generator = torch.Generator().manual_seed(args.seed)
     dtype = getattr(torch, default_dtype(args.device))
     start = 0
@@ -52,7 +61,7 @@ def train(stage, iterations, modules, loss_of, args, average=None):
     progress = tqdm(range(start, iterations), initial=start, total=iterations, desc=stage)
     for iteration in progress:
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * learning_rate_scale(iteration, iterations)
+            group["lr"] = rate * learning_rate_scale(iteration, iterations)
         with compute_in(dtype, torch.empty(8, 8, device=args.device)):
             loss = loss_of(generator)
         loss.backward()

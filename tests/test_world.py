@@ -169,8 +169,8 @@ def test_the_maker_of_the_judge_makes_one_that_loads(tmp_path, monkeypatch, caps
         monkeypatch.setattr(file, "WEIGHTS", tmp_path / "judge.safetensors")
     with pytest.raises(UserError, match="lab.make_judge makes it"):
         WorldJudge()
-    flags = ["--iterations", "2", "--batch-size", "4", "--samples", "10"]
-    make_judge.main(flags)
+    flags = f"--iterations 2 --batch-size 4 --samples 10 --device cpu --work {tmp_path}"
+    make_judge.main(flags.split())
     assert "single: " in capsys.readouterr().out
     prompt = world.read_prompt("cat face above rainbow")
     image, places = world.compose(prompt, numbers(1)[0][6:])
