@@ -438,7 +438,7 @@ def train(nets, sources, args, make_gallery, stop):
     if start == 0:
         gallery.draw(0)
         if has_scores(args):  # before anything moves, for comparison
-            log.add(0, {"fake_loss": gallery.fake_loss()})
+            log.add(0, {"fake_loss": runlog.fake_loss(nets, gallery, args)})
     draw = functools.partial(draw_batch, nets, sources, args=args)
     batches = Ahead(draw, start, args.iterations, nets.model.device)
     quiet = not fsdp.is_main()

@@ -39,6 +39,8 @@ NAMES = ("gmm", "gmm-imperfect")
 LABELS = 4
 COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (230, 130, 0))
 RECIPE = models.ASSETS.parent / "recipes" / "plane.args"
+FIT_ITERATIONS, FIT_BATCH = 2000, 256  # of the network that teachers are
+REPEATS, SAMPLES = 4, 4096  # of a sampler, for its row of the table
 
 
 # ----------------------------------------------------------------------------- the mixture
@@ -164,7 +166,7 @@ def teacher_mixture(name):
 
 
 @functools.cache
-def fitted_weights(name, iterations=2000, batch_size=256):
+def fitted_weights(name):
     """A PointNetwork's weights, fitted to the exact teacher on its own diffused samples. They
     belong to the model as a trained teacher's weights do, and are the same in every run."""
     mixture, schedule = teacher_mixture(name), sd_schedule()
@@ -174,12 +176,12 @@ def fitted_weights(name, iterations=2000, batch_size=256):
         torch.manual_seed(0)
         network = PointNetwork()
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    for _ in range(iterations):
-        label = torch.randint(LABELS + 1, (batch_size,), generator=generator)
-        t = torch.randint(len(schedule), (batch_size,), generator=generator)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FIT_ITERATIONS)
+    for _ in range(FIT_ITERATIONS):
+        label = torch.randint(LABELS + 1, (FIT_BATCH,), generator=generator)
+        t = torch.randint(len(schedule), (FIT_BATCH,), generator=generator)
         x0 = mixture.draw(label, generator)[..., None, None]
-        eps = torch.randn(batch_size, 2, 1, 1, generator=generator)
+        eps = torch.randn(FIT_BATCH, 2, 1, 1, generator=generator)
         x_t = schedule.add_noise(x0, eps, t)
         error = network(x_t, t, label)[0] - exact(x_t, t, label)[0]
         error.square().mean().backward()
@@ -399,7 +401,7 @@ class Gallery:
         texts = [prompts.texts[i % len(prompts.texts)] for i in range(count)]
         self.cond = model.encode(texts)
         self.label = self.cond["class_labels"]
-        self.noise = sample.column_noise(model, count, args.student_steps, args.seed)
+        self.noise = sample.column_noise(model, count, args.student_steps + 1, args.seed)
         teacher = sample.TeacherSampler(model, 50, args.guidance)
         x = teacher.draw(self.noise, self.cond)
         self.teacher_metrics = runlog.metrics_of(x)
@@ -425,7 +427,7 @@ class Gallery:
 # ----------------------------------------------------------------------------- command line
 
 
-def print_table(nets, args, repeats=4, count=4096):
+def print_table(nets, args):
     """The student beside its teacher, the network it started as, and other samples of the target:
     means and standard errors over repeats with other noise."""
     model, steps = nets.model, nets.timesteps
@@ -434,11 +436,11 @@ def print_table(nets, args, repeats=4, count=4096):
         sample.StudentSampler(model.origin, steps, "untrained network"),
         sample.StudentSampler(nets.averaged_student, steps),
     ]
-    label = torch.arange(count, device=model.device) % LABELS
+    label = torch.arange(SAMPLES, device=model.device) % LABELS
     measured = {}
-    for repeat in range(repeats):
+    for repeat in range(REPEATS):
         generator = torch.Generator().manual_seed(args.seed + repeat)
-        noise = torch.randn(len(steps), count, *model.sample_shape, generator=generator)
+        noise = torch.randn(len(steps), SAMPLES, *model.sample_shape, generator=generator)
         target, again = (model.target(label, args.guidance, generator) for _ in range(2))
         drawn = {}
         for sampler in samplers:

@@ -213,7 +213,6 @@ class Log:
         pictures.draw_curves(curves, self.path.parent / "curves.png")
 
 
-LOSS_LEVELS = 8  # timesteps that the fake score's first loss is read at
 PATIENCE = 60  # seconds that a run draws its teacher's samples for
 
 
@@ -276,7 +275,8 @@ class Gallery:
         nets, model = self.nets, self.nets.model
         if not model.decodes:
             return None
-        student, x = self.student_samples()
+        student = sample.StudentSampler(nets.averaged_student, nets.timesteps)
+        x = sample.draw_in_batches(student, self.noise, self.cond, self.batch)
         t = len(nets.schedule) // 2
         x0_real, x0_fake = self.read_at(x, t)
         path = self.folder / f"{iteration:06d}.png"
@@ -289,23 +289,6 @@ class Gallery:
             ]
             pictures.draw_grid(rows, [model.caption(prompt) for prompt in self.prompts], path)
         return path
-
-    def student_samples(self):
-        student = sample.StudentSampler(self.nets.averaged_student, self.nets.timesteps)
-        return student, sample.draw_in_batches(student, self.noise, self.cond, self.batch)
-
-    def fake_loss(self):
-        """The fake score's loss on the student's samples, a mean over evenly spaced timesteps."""
-        schedule, prediction = self.nets.schedule, self.nets.model.prediction
-        _, x = self.student_samples()
-        total, T = 0, len(schedule)
-        for i in range(LOSS_LEVELS):
-            t = (2 * i + 1) * T // (2 * LOSS_LEVELS)
-            _, x0_fake = self.read_at(x, t)
-            alpha, sigma = schedule.at(torch.tensor([t], device=x.device), x)
-            weight = losses.denoising_weight(prediction, alpha, sigma)
-            total = total + losses.denoising_loss(x0_fake, x, weight).mean()
-        return total / LOSS_LEVELS
 
     @torch.no_grad()
     def read_at(self, x, t):
@@ -320,6 +303,29 @@ class Gallery:
             x0_real.append(models.guided_x0(nets.teacher, x_t, t, cond, nets.uncond, guidance))
             x0_fake.append(nets.fake_score(x_t, t, cond)[0])
         return torch.cat(x0_real), torch.cat(x0_fake)
+
+
+LOSS_LEVELS = 8
+
+
+@torch.no_grad()
+def fake_loss(nets, gallery, args):
+    """The fake score's loss on the student's samples, a mean over evenly spaced timesteps."""
+    schedule, T = nets.schedule, len(nets.schedule)
+    student = sample.StudentSampler(nets.averaged_student, nets.timesteps)
+    count, total = len(gallery.noise[0]), 0
+    size = args.micro_batch or count
+    for start in range(0, count, size):
+        index = slice(start, start + size)
+        noise, cond = gallery.noise[:, index], models.take(gallery.cond, index)
+        x = student.draw(noise, cond)
+        for i in range(LOSS_LEVELS):
+            t = torch.full((len(x),), (2 * i + 1) * T // (2 * LOSS_LEVELS), device=x.device)
+            x0_fake, _ = nets.fake_score(schedule.add_noise(x, noise[-1], t), t, cond)
+            alpha, sigma = schedule.at(t, x)
+            weight = losses.denoising_weight(nets.model.prediction, alpha, sigma)
+            total = total + losses.denoising_loss(x0_fake, x, weight).sum()
+    return total / (count * LOSS_LEVELS)
 
 
 class Tracker:

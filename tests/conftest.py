@@ -30,8 +30,9 @@ def float32_and_small_measurements():
         patch.setattr(models.Model, "default_teacher_steps", 2)
         patch.setattr(models.ClassModel, "default_teacher_steps", 2)
         patch.setattr(runlog, "PATIENCE", 0)  # two samples of the teacher in place of eight
-        patch.setattr(plane.fitted_weights.__wrapped__, "__defaults__", (100, 256))
-        patch.setattr(plane.table_of, "__defaults__", (2, 256))
+        patch.setattr(plane, "FIT_ITERATIONS", 100)
+        patch.setattr(plane, "REPEATS", 2)
+        patch.setattr(plane, "SAMPLES", 256)
         patch.setattr(trials, "SAMPLES", 256)
         patch.setattr(multiprocessing, "get_context", forking)
         patch.setattr(world, "REFERENCE", 200)
