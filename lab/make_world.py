@@ -137,7 +137,7 @@ def make_latents(vae, args):
 # ----------------------------------------------------------------------------- text
 
 
-def make_tokenizer(texts, folder):
+def make_tokenizer(texts):
     """A CLIPTokenizer whose merges were learnt on the texts until every word is one token."""
     from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
     from tokenizers.models import BPE
@@ -164,11 +164,7 @@ def make_tokenizer(texts, folder):
     tokens += [first + second for first, second in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def appearances():
@@ -344,7 +340,7 @@ def main(arguments=None):
         )
     else:
         vae = make_autoencoder(args)
-        tokenizer = make_tokenizer(texts(), Path(args.work) / "tokenizer")
+        tokenizer = make_tokenizer(texts())
         torch.manual_seed(args.seed + 1)
         text_encoder = make_text_encoder(tokenizer, args)
         unet = make_unet(args)

@@ -252,9 +252,9 @@ def check_data(model, name, monkeypatch):
     assert matches == 1
 
 
-def test_text_is_taught_at_the_last_tokens_of_names(tmp_path):
+def test_text_is_taught_at_the_last_tokens_of_names():
     """What a state tells is checked against the very words of its token."""
-    tokenizer = make_world.make_tokenizer(make_world.texts(), tmp_path)
+    tokenizer = make_world.make_tokenizer(make_world.texts())
     for u in numbers(200):
         prompt = world.draw_prompt(u)
         ids = tokenizer(str(prompt)).input_ids
