@@ -3,6 +3,7 @@
 import copy
 import functools
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import losses
 import models
 import train
 from lab import plane
-from support import later
+from support import later, runlog
 from support.ahead import Ahead
 from support.precision import keep_casts
 from tests.tiny import keep_gradients, one_line
@@ -26,6 +27,27 @@ def setup(*flags):
     args = train.parse_arguments([*BASE, *flags])
     nets, sources = train.prepare(args, plane.load_model)
     return nets, sources, args
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_the_fake_scores_first_loss(micro_batch):
+    """Of a fake score that is wrong by 2: 4 w(t) at any sample, w = 1 / sigma^2, since it predicts v."""
+    nets, _, args = setup()
+    noise = torch.randn(5, 8, *nets.model.sample_shape)
+    cond = nets.model.encode(["0"] * 8)
+    noise[-1] = 0.5  # the same for all, so that x0 can be read off x_t
+
+    def wrong_by_2(x_t, t, cond):
+        alpha, sigma = nets.schedule.at(t, x_t)
+        return (x_t - 0.5 * sigma) / alpha + 2, None
+
+    nets.fake_score = wrong_by_2
+    args.micro_batch = micro_batch
+    levels = torch.tensor([62, 187, 312, 437, 562, 687, 812, 937])
+    loss = runlog.fake_loss(nets, SimpleNamespace(noise=noise, cond=cond), args)
+    torch.testing.assert_close(
+        loss, (4 / nets.schedule.sigma[levels] ** 2).mean(), rtol=1e-3, atol=0
+    )
 
 
 def gradients(monkeypatch, *flags, iterations=1):
