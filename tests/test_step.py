@@ -31,7 +31,7 @@ def setup(*flags):
 
 @pytest.mark.parametrize("micro_batch", [None, 3])
 def test_the_fake_scores_first_loss(micro_batch):
-    """Of a fake score that is wrong by 2: 4 w(t) at any sample, w = 1 / sigma^2, since it predicts v."""
+    """Of one that is wrong by 2: 4 w(t) at any sample, w = 1 / sigma^2, since it predicts v."""
     nets, _, args = setup()
     noise = torch.randn(5, 8, *nets.model.sample_shape)
     cond = nets.model.encode(["0"] * 8)
