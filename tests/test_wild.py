@@ -147,7 +147,7 @@ def test_unfinished_and_odd_rows_of_metrics_are_left_out(run):
         file.write(b'[1]\n{"iteration": "x"}\n\xff\xfe\n{"iteration": 5, "std": null}\n{"iter')
     call(plane, f"--resume {run} --iterations 6")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["iteration"] for row in rows] == [4, 6]
+    assert [row["iteration"] for row in rows] == [0, 4, 6]
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").mkdir()
     assert "metrics.jsonl cannot be written" in refused(plane, f"--resume {run} --iterations 8")
