@@ -35,7 +35,7 @@ def add_memory_flags(parser):
     add = functools.partial(add_flag, parser)
     add("--vae", "PATH", None, "another decoder, such as madebyollin/taesd")
     add("--encoder-device", "DEVICE", None, "of text encoders and VAE (default: --device)")
-    add("--config", "DIR", None, "a pipeline like the .safetensors --model (default: the hub's)")
+    add("--config", "DIR", None, "of a pipeline like the single file --model (default: the hub's)")
 
 
 def add_teacher_flags(parser):
@@ -99,18 +99,28 @@ def add_method_flags(group):
     )
     add("--variant", "NAME", DEFAULT_VARIANT, "preset of switches: dmd, dmd2, fdistill, decoupled")
     add("--student-steps", positive, 4, "of the sampler it is trained for")
-    add("--first-timestep", natural, None, "of that sampler (default: the noisiest, 999 of 1000)")
+    add("--first-timestep", natural, None, "of its sampler (default: the noisiest, 999 of 1000)")
     add(
         "--student-input",
         ("backward", "data"),
         "backward",
         "the student trains on its own earlier steps or on noised real data",
     )
-    add("--guidance", positive_number, None, "of the teacher; 1 is none (default: its own)")
+    add(
+        "--guidance",
+        positive_number,
+        None,
+        "of the teacher; 1 is none (default: its own, 7.5 for SD)",
+    )
     add("--fake-updates", positive, 2, "fake-score updates per student update; 5 to 10 in DMD2")
     add("--dm-weight", weight, 1.0, "of distribution matching")
     add("--ca-weight", weight, 1.0, "of CFG augmentation")
-    add("--schedule", "NAME", "coupled", "noise levels of both: coupled, full, constrained, hybrid")
+    add(
+        "--schedule",
+        "NAME",
+        "coupled",
+        "noise levels of DM and CA: coupled, full, constrained or hybrid",
+    )
     add(
         "--noise-levels",
         share,
@@ -124,7 +134,7 @@ def add_method_flags(group):
         "--normaliser",
         ("guided", "conditional", "none"),
         "guided",
-        "the teacher's x0 that both are normalised by",
+        "the teacher's x0 that DM and CA are normalised by",
     )
     add("--normaliser-floor", positive_number, 1e-3, "the least that they are divided by")
     add(
@@ -133,12 +143,17 @@ def add_method_flags(group):
         "reverse-kl",
         "reverse-kl, or with the GAN softened-reverse-kl, js, hellinger, forward-kl, jeffreys",
     )
-    add("--random-steps", natural, 0, "train at up to N timesteps, drawn each time; 0: at its own")
+    add(
+        "--random-steps",
+        natural,
+        0,
+        "train the student at up to N timesteps, drawn anew each iteration; 0: at its sampler's",
+    )
     add(
         "--off-trajectory",
         share,
         0.0,
-        "of the iterations, in which the student's input lies off its sampler's trajectory: "
+        "share of the iterations in which the student's input lies off its sampler's trajectory: "
         "one deterministic step of its own further, at any timestep",
     )
     add(
@@ -148,17 +163,23 @@ def add_method_flags(group):
         "of a loss that alone trains the student's first step, to lead where several of the "
         "teacher's lead; DP-DMD has 0.05",
     )
-    add("--ida", share, 1.0, "what the fake score keeps of itself at a student step; 1 is all")
+    add(
+        "--ida",
+        share,
+        1.0,
+        "share of itself that the fake score keeps when the student moves; the rest becomes the "
+        "student's",
+    )
     add("--gan-weight", weight, 0.0, "of the student's GAN loss")
     add("--critic-weight", positive_number, 1e-2, "of the critic's loss beside the denoising loss")
     add("--r1-weight", weight, 0.0, "of the critic's change beside real data; FastGen: 100 to 1000")
     add("--regression-weight", weight, 0.0, "of the distance to the teacher's samples")
-    add("--regression", ("mse", "lpips"), "mse", "that distance")
+    add("--regression", ("mse", "lpips"), "mse", "which distance that is")
     add("--pairs", "DIR", None, "for the regression: made by `python data.py pairs`")
-    add("--mean-variance-weight", weight, 0.0, "of the samples' mean and variance")
+    add("--mean-variance-weight", weight, 0.0, "of each sample's mean and variance")
     add("--lora", natural, 0, "rank of the LoRA that is the student; 0 is the whole network")
     add("--fake-lora", natural, None, "the same for the fake score (default: as --lora)")
-    add("--lora-alpha", positive_number, 8.0, "a LoRA counts alpha / rank")
+    add("--lora-alpha", positive_number, 8.0, "a LoRA is scaled by alpha / rank")
 
 
 def add_optimisation_flags(group):
@@ -274,7 +295,12 @@ def add_student_flags(parser):
     )
     add("--first-timestep", natural, None, "of the student's sampler (default: as distilled)")
     add("--teacher-steps", positive, None, "(default: 50, or 18 of EDM's networks)")
-    add("--sampler", SAMPLERS, None, "of the teacher; the latter two are for EDM's networks")
+    add(
+        "--sampler",
+        SAMPLERS,
+        None,
+        "of the teacher: DDIM; heun and stochastic are for EDM's networks",
+    )
     add("--guidance", positive_number, None, "of the teacher (default: as distilled, or its own)")
     add("--seed", natural, 0, "of the noise")
     add_device_flags(parser, "float32", "bfloat16", "float16", default="float32")
