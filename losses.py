@@ -1,8 +1,8 @@
 """The equations of distribution matching distillation, as pure functions of tensors.
 
 x is the student's sample, x_t is x diffused to timestep t. A network's prediction of the clean
-sample behind x_t is an x0: x0_fake is the fake score's, x0_cond and x0_guided are the teacher's
-with the condition, without and with guidance, x0_real is the teacher's in general.
+sample behind x_t is an x0: x0_fake is the fake score's, x0_cond the teacher's given the condition,
+x0_guided the same with guidance, x0_real the teacher's in general.
 
 Shapes: x, x_t and every x0 are (B, ...). alpha and sigma broadcast against them
 (models.Schedule.at gives (B, 1, 1, 1)). A loss gives one number a sample, (B,): the training step
@@ -79,8 +79,8 @@ def normaliser(x, x0_real, floor):
 
     x0_real is the guided teacher's in DMD, DMD2 and f-distill. The paper on Decoupled DMD
     (2511.22677) has no normaliser; its ports divide each half by that of the conditional teacher.
-    Released code of DMD and DMD2 has no floor either, and so divides 0 by 0 where the teacher
-    does not change a sample.
+    The released code of DMD and DMD2 has no floor, and so divides 0 by 0 where the teacher does not
+    change a sample.
 
     x, x0_real (B, ...) -> (B, 1, ...), in units of x. Raises ValueError if the shapes differ.
     """

@@ -179,7 +179,8 @@ class Denoiser(torch.nn.Module):
     def x0_and_features(self, x_t, t, cond, count=None, x0_graph=True):
         """x0 and, from the same pass, the features of the network's middle (B, C, h, w).
 
-        count: x0 of the first so many samples only. The blocks above the middle see no others.
+        count: x0 of the first so many samples only. The blocks above the middle see no others where
+        the family's can be cut; elsewhere x0 is cut.
         x0_graph: whether these blocks keep what a backward pass from x0 needs.
         """
         count = len(x_t) if count is None else count

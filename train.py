@@ -144,8 +144,8 @@ def draw_batch(nets, sources, iteration, args):
     timesteps = nets.timesteps
     if args.random_steps:
         timesteps = later.draw_timesteps(timesteps[0], args.random_steps, T, draws)
-    first = 1 if args.first_step_weight > 0 else 0  # that step is left to a loss of its own
-    step = first + draws.below(len(timesteps) - first)  # one for the whole batch
+    skipped = 1 if args.first_step_weight > 0 else 0  # the first step has a loss of its own
+    step = skipped + draws.below(len(timesteps) - skipped)  # one for the whole batch
     if args.student_input == "backward":  # backward simulation: the student's own earlier steps
         cond = model.encode(sources.prompts.draw(draws))
         path = timesteps[: step + 1]
@@ -160,8 +160,8 @@ def draw_batch(nets, sources, iteration, args):
         t_in = torch.tensor(timesteps, device=model.device)[steps]
         eps = draws.normal(*shape)
         x_in = schedule.add_noise(x_real, eps, t_in)
-        first = (t_in == timesteps[0]).view(-1, 1, 1, 1)
-        x_in = torch.where(first, schedule.noise_scale * eps, x_in)
+        is_first = (t_in == timesteps[0]).view(-1, 1, 1, 1)
+        x_in = torch.where(is_first, schedule.noise_scale * eps, x_in)
         batch = Batch(model.encode(prompts), t_in, x_in=x_in)
 
     # For the student's step.
@@ -301,7 +301,8 @@ def read_scores(nets, part, args):
     x, x_t, x0_fake = x.detach(), x_t.detach(), x0_fake.detach()  # (B, C, H, W)
     part.logit = None if logit is None else logit.detach()
 
-    # The teacher at tau_DM and at tau_CA. At the former only a guided normaliser needs guidance.
+    # The teacher at tau_DM and at tau_CA. Where these differ, tau_DM needs guidance only for a
+    # guided normaliser; without it x0_guided is x0_cond there.
     with torch.no_grad():
         coupled = args.schedule == "coupled"
         guidance = args.guidance if coupled or args.normaliser == "guided" else 1
@@ -522,7 +523,7 @@ def prepare(args, load_model=models.load_model, mesh=None):
     )
     sample.check_steps(model, args.student_steps, args.first_timestep)
     args.guidance = args.guidance or model.default_guidance
-    runs.warn_of_guidance(model, args.guidance)
+    runs.warn_of_guidance(model, args)
     fsdp.local_slice(args.batch_size)
     runlog.import_tracker(args.track)
     sources = open_sources(model, args)

@@ -35,7 +35,7 @@ def add_memory_flags(parser):
     add = functools.partial(add_flag, parser)
     add("--vae", "PATH", None, "another decoder, such as madebyollin/taesd")
     add("--encoder-device", "DEVICE", None, "of text encoders and VAE (default: --device)")
-    add("--config", "DIR", None, "of a pipeline like the single file --model (default: the hub's)")
+    add("--config", "DIR", None, "of a pipeline whose kind a single-file --model is (default: hub)")
 
 
 def add_teacher_flags(parser):
@@ -134,7 +134,8 @@ def add_method_flags(group):
         "--normaliser",
         ("guided", "conditional", "none"),
         "guided",
-        "the teacher's x0 that DM and CA are normalised by",
+        "DM and CA are divided by the mean of |x - x0|, x0 being the guided or conditional "
+        "teacher's, or not at all",
     )
     add("--normaliser-floor", positive_number, 1e-3, "the least that they are divided by")
     add(
@@ -176,7 +177,12 @@ def add_method_flags(group):
     add("--regression-weight", weight, 0.0, "of the distance to the teacher's samples")
     add("--regression", ("mse", "lpips"), "mse", "which distance that is")
     add("--pairs", "DIR", None, "for the regression: made by `python data.py pairs`")
-    add("--mean-variance-weight", weight, 0.0, "of each sample's mean and variance")
+    add(
+        "--mean-variance-weight",
+        weight,
+        0.0,
+        "of a sample's mean and variance against the teacher's",
+    )
     add("--lora", natural, 0, "rank of the LoRA that is the student; 0 is the whole network")
     add("--fake-lora", natural, None, "the same for the fake score (default: as --lora)")
     add("--lora-alpha", positive_number, 8.0, "a LoRA is scaled by alpha / rank")

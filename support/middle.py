@@ -9,7 +9,7 @@ import torch
 def read_middle(family, network, total, count, x0_graph):
     """Within it a pass of `network` over `total` samples leaves what its middle block was given or
     gave in the list that this yields. The blocks above the middle see the first `count` samples
-    only, and without x0_graph they keep nothing for a backward pass."""
+    only where family.can_cut, and without x0_graph they keep nothing for a backward pass."""
     seen = []
     grad_before = torch.is_grad_enabled()
 

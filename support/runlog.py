@@ -86,7 +86,7 @@ def vitals(rows, teacher):
             found[name] = relative(name, value, teacher)
     if "std" in found:
         found["kept std"] = mean_of(rows, "std") / max(row["std"] for row in rows if "std" in row)
-    fake_loss = mean_of(rows, "fake_loss")
+    fake_loss = mean_of(rows[1:], "fake_loss")  # the first is what they are compared with
     if fake_loss is not None:
         found["fake loss"] = fake_loss / max(rows[0]["fake_loss"], 1e-12)
     dm, ca = mean_of(rows, "dm") or 0, mean_of(rows, "ca") or 0

@@ -118,11 +118,6 @@ def check_arguments(args):
         "--student-input data does not go with --first-timestep: at its first timestep the "
         "student is given pure noise when it draws, and noised real data are something else",
     )
-    if args.schedule != "coupled" and args.guidance == 1:
-        fsdp.print_main(
-            f"warning: --schedule {args.schedule} with --guidance 1: without guidance CA is 0, and "
-            "DM alone is left"
-        )
     if args.divergence != "reverse-kl" and args.batch_size == 1:
         fsdp.print_main(
             "warning: f-distill divides h by its mean over the batch: with --batch-size 1 it is "
@@ -130,14 +125,19 @@ def check_arguments(args):
         )
 
 
-def warn_of_guidance(model, guidance):
-    """Where the model is one that guidance does nothing good for."""
-    if guidance == 1:
+def warn_of_guidance(model, args):
+    """Where guidance, the flag's or else the model's own, does nothing or nothing good."""
+    if args.guidance == 1:
+        if args.schedule != "coupled":
+            fsdp.print_main(
+                f"warning: --schedule {args.schedule} with --guidance 1: without guidance CA is 0, "
+                "and DM alone is left"
+            )
         return
     if model.prediction == "edm":
         fsdp.print_main(
-            f"warning: --guidance {guidance:g}: EDM's networks learnt every image with its label, "
-            "and their output without one guides nowhere; --guidance 1 is none"
+            f"warning: --guidance {args.guidance:g}: EDM's networks learnt every image with its "
+            "label, and their output without one guides nowhere; --guidance 1 is none"
         )
     if getattr(model.pipe, "config", {}).get("is_distilled"):
         fsdp.print_main(
