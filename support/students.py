@@ -179,7 +179,7 @@ def merge_lora(network, weights, path, model):
             pipe = copy.copy(model.pipe)
             pipe.transformer = network
             pipe.load_lora_weights(str(path))
-            pipe.fuse_lora()
+            pipe.fuse_lora(components=["transformer"])  # text encoders are shared with the teacher
             pipe.unload_lora_weights()
             return
         state, alphas, metadata = kind.lora_state_dict(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import data
 import models
@@ -17,6 +18,7 @@ from lab import faults, plane
 from support import flags as cli_flags
 from support import runs, shards, students
 from support.networks import Networks, trained
+from support.weights import fingerprint
 from tests import flows
 from tests.flows import IMAGE_SIZES
 from tests.test_fsdp import check_same
@@ -209,6 +211,22 @@ def test_a_student_draws_the_same_in_its_pipeline(places, run_of, name, kind, mo
     torch.testing.assert_close(flows.latents_given(name, pipe, ours), theirs, atol=1e-3, rtol=1e-3)
     untrained = sample.StudentSampler(model.denoiser, timesteps).draw(noise, model.encode(PROMPTS))
     assert (ours - untrained).abs().max() > 1e-2
+
+
+def test_a_lora_s_parts_for_text_encoders_are_left_out(places, run_of, tmp_path):
+    """They would move the teacher, which encodes with the same ones."""
+    model = load(places, "sd3")
+    encoders = [fingerprint(encoder) for encoder in model.text_encoders]
+    weights = load_file(run_of("sd3", "lora") / "student" / students.LORA_FILE)
+    save_file(weights, tmp_path / "network.safetensors")
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    size = model.pipe.text_encoder.config.hidden_size
+    weights |= {f"{layer}.lora_A.weight": torch.ones(2, size)}
+    weights |= {f"{layer}.lora_B.weight": torch.ones(size, 2)}
+    save_file(weights, tmp_path / "both.safetensors")
+    loaded = [students.load_student(file, model) for file in sorted(tmp_path.iterdir())]
+    assert fingerprint(loaded[0]) == fingerprint(loaded[1])
+    assert [fingerprint(encoder) for encoder in model.text_encoders] == encoders
 
 
 @pytest.mark.parametrize("name, kind", STUDENTS)
