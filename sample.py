@@ -254,7 +254,10 @@ def load_teacher_and_students(args, paths):
     open, the students' runs know."""
     for path in paths:
         if not Path(path).exists():
-            raise UserError(f"there is no student at {path}: `python train.py` makes one")
+            raise UserError(
+                f"there is no student at {path}: make one by `python train.py`, or name another by "
+                "--student"
+            )
     configs = [students.run_config(path) for path in paths]
     teachers = {teacher_place(config): config for config in configs if "model" in config}
     if len(teachers) > 1 and not args.model:

@@ -32,6 +32,7 @@ from support.metrics import COVERAGE_SAMPLES, Gaussian, metrics_of
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("train.py", "losses.py", "models.py", "data.py", "lab/plane.py", "lab/trials.py")
 SAMPLES = 4096  # of a student on the plane
+START = "spawn"  # of worker processes: torch's threads do not survive a fork
 
 
 @dataclass(frozen=True)
@@ -364,7 +365,7 @@ def run_missing(task, runs, jobs):
     """runs: {file: arguments}. Those whose file is missing, several at a time, one core each;
     task(*arguments) writes it last."""
     todo = [arguments for file, arguments in runs.items() if not file.is_file()]
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context(START))
     try:
         futures = [pool.submit(task, *arguments) for arguments in todo]
         with tqdm(initial=len(runs) - len(todo), total=len(runs), unit="run") as bar:

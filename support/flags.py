@@ -14,7 +14,8 @@ UNSAVED = ("help", "out", "resume")  # flags that are no part of what a run is
 
 
 def add_flag(parser, flag, takes, default, text, **options):
-    """takes: a type of support/cli.py, a tuple of choices, or what --help calls any other word."""
+    """takes: a type of support/cli.py, a tuple of choices, or what --help calls any other word.
+    text: what --help says of it."""
     if isinstance(takes, str):
         kind = {"metavar": takes}
     elif isinstance(takes, tuple):

@@ -1,6 +1,5 @@
 """What the tests share. pytest reads this before any test file, so before torch is imported."""
 
-import multiprocessing
 import os
 import shutil
 
@@ -34,14 +33,10 @@ def float32_and_small_measurements():
         patch.setattr(plane, "REPEATS", 2)
         patch.setattr(plane, "SAMPLES", 256)
         patch.setattr(trials, "SAMPLES", 256)
-        patch.setattr(multiprocessing, "get_context", forking)
+        patch.setattr(trials, "START", "fork")
         patch.setattr(world, "REFERENCE", 200)
         patch.setattr(health, "SAMPLES", 20)
         yield
-
-
-def forking(kind, get_context=multiprocessing.get_context):
-    return get_context("fork")
 
 
 # As they were before the above.
