@@ -1,12 +1,14 @@
 """The laboratory: the plane is exact, every claim runs, runs are broken."""
 
 import json
+import re
 
 import pytest
 import torch
 
 import train
 from lab import claims, faults, health, plane
+from lab.trials import ROOT
 
 
 def test_the_plane_s_denoiser_is_the_score_of_its_density():
@@ -100,6 +102,10 @@ def test_healthy_runs_never_warn_and_most_spoilt_ones_do():
     warned = {}
     for name, result in results.items():
         warned.setdefault(name.rsplit(",", 1)[0], []).append(health.first_warning(result))
+    page = (ROOT / "docs" / "health.md").read_text()
+    for name, (first, *_) in warned.items():
+        cell = f"{first[0]}: {first[1]}" if first else "-"
+        assert re.search(rf"^\| {re.escape(name)} \|.* \| {cell} \|$", page, re.MULTILINE), name
     for name in health.HEALTHY:
         assert warned.pop(name) == [None] * health.SEEDS, name
     assert {name for name, (warning,) in warned.items() if warning is None} == UNSEEN
