@@ -1,5 +1,6 @@
 """Opening diffusers pipelines: directories, hub ids, single files, and other decoders."""
 
+import importlib.util
 import inspect
 import re
 import sys
@@ -166,6 +167,12 @@ def load_single_file(path, pipeline_class, config, parts):
     weights, say how the network was trained."""
     if config is not None and not Path(config).is_dir():
         raise UserError(f"--config {config}: there is no such directory")
+    if importlib.util.find_spec("accelerate") is None:
+        print(
+            f"warning: weights that {path} may lack would be random, which diffusers notices only "
+            "with pip install accelerate",
+            file=sys.stderr,
+        )
     try:
         pipe = pipeline_class.from_single_file(
             str(path), config=config and str(config), local_files_only=config is not None, **parts

@@ -7,6 +7,8 @@ import math
 import platform
 import sys
 
+import torch
+
 import fsdp
 from support import judges
 from support.metrics import COVERAGE_REPEATS
@@ -72,8 +74,8 @@ def warnings_text(warnings):
 
 
 def versions():
-    found = {"python": platform.python_version()}
-    for name in ("torch", "diffusers", "transformers", "numpy", "torch-fidelity"):
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("diffusers", "transformers", "numpy", "torch-fidelity"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

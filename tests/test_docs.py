@@ -171,6 +171,8 @@ def test_commands_of_the_pages_run(page, place, monkeypatch, capsys):
     for words in commands_of(page):
         if words[0] in NOT_RUN or any(flag in words for flag in NEED_WEIGHTS):
             continue
+        if any("lora" in word for word in words):
+            pytest.importorskip("peft")
         module, arguments = as_call(words)
         arguments = [name for word in arguments for name in expanded(stands_for(word), place)]
         key = f"{module} {arguments[0]}" if module in ("data", "support.costs") else module

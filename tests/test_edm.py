@@ -314,6 +314,7 @@ def test_what_only_stable_diffusion_has_is_refused(tmp_path):
     flags = f"--model {TINY} --student {folder} --out {tmp_path}"
     assert "name a folder" in refused(export, f"{flags}/student.safetensors")
     call(export, f"{flags}/copy")
+    pytest.importorskip("peft")
     says = refused(train, f"{SMALL} --lora 4 --gan-weight 0 --out {tmp_path}/run")
     assert "--lora needs a network" in says
 

@@ -174,6 +174,8 @@ def run_of(places, prompts_file, tmp_path_factory):
 
     def run(name, kind):
         out = place / f"{name}-{kind}"
+        if kind == "lora":
+            pytest.importorskip("peft")
         if not out.exists():
             flags = flags_of_a_run(places, name, prompts_file)
             flags += " --iterations 2 --student-steps 2 --learning-rate 1e-2 --warmup 0 --ema 0"
@@ -335,6 +337,8 @@ def test_a_dynamic_shift_is_diffusers_own():
 
 @pytest.mark.parametrize("lora", [0, 2])
 def test_ida_moves_the_fake_score_towards_the_student(places, lora):
+    if lora:
+        pytest.importorskip("peft")
     flags = f"--ida 0.9 --lora {lora} --gan-weight 0 --ema 0 --iterations 1 --model {places['sd3']}"
     args = train.parse_arguments([*flags.split(), "--dtype", "float32"])
     nets = Networks(load(places, "sd3"), args)
@@ -374,6 +378,7 @@ def test_dm_s_levels_are_shifted_where_batches_are_drawn():
 
 
 def test_ida_wants_two_networks_of_a_kind():
+    pytest.importorskip("peft")
     says = refused(train, "--ida 0.9 --lora 4 --fake-lora 0")
     assert "--ida mixes student and fake score" in says
 

@@ -172,7 +172,8 @@ def test_one_file_offline_asks_for_a_configuration(folders, tmp_path, monkeypatc
     original_file(folders["sd15"], tmp_path / "plain.safetensors")
     says = refused(train, f"--model {tmp_path}/plain.safetensors --out {tmp_path}/run")
     assert "its configuration cannot be fetched" in says and "--config DIR" in says
-    says = refused(train, f"--model {tmp_path}/plain.safetensors --config {tmp_path}/absent")
+    flags = f"--model {tmp_path}/plain.safetensors --config {tmp_path}/absent"
+    says = refused(train, f"{flags} --out {tmp_path}/run")
     assert says == f"--config {tmp_path}/absent: there is no such directory"
 
 

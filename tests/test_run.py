@@ -227,8 +227,9 @@ BAD = [
 
 @pytest.mark.parametrize("command, flags, says", BAD, ids=[row[1] for row in BAD])
 def test_bad_input_is_one_error_and_changes_nothing(
-    command, flags, says, finished, pairs, tmp_path
+    command, flags, says, finished, pairs, tmp_path, monkeypatch
 ):
+    monkeypatch.chdir(tmp_path)  # where there is no runs/decoupled
     (tmp_path / "empty.txt").write_text("\n \n")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert says in refused(command, flags.format(tmp=tmp_path, run=finished, pairs=pairs))
